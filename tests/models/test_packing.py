@@ -18,6 +18,7 @@ from tests.models.examples import pixels
 
 VISION = ViTConfig(image_size=16, patch=8, width=16, depth=2, heads=2, ffn=32, layer=-1)
 WINDOW = 4
+PAD = [IGNORE] * 4
 LENGTHS = (13, 18, 10)  # tokens, all longer than the window
 WINDOWED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
@@ -180,24 +181,32 @@ SCALED = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor
 @pytest.mark.parametrize(
     "config",
     [language(arch, extra) for arch, extra in RECURRENT.items()]
+    + [language(arch, extra) for arch, extra in (WINDOWED | MASKED).items()]
     + [
         replace(language("llama", SCALED), context=16),
-        language("mistral", WINDOWED["mistral"]),
         language("openai-gpt"),
         language("llama"),
     ],
-    ids=[*RECURRENT, "dynamic", "window", "no cache", "cache"],
+    ids=[*RECURRENT, *WINDOWED, *MASKED, "dynamic", "no cache", "in one row"],
 )
 @pytest.mark.parametrize("columns", [1, 4])
-@torch.no_grad()
 def test_continuations_have_the_logits_of_the_complete_text(
     config: LanguageConfig, columns: int
 ) -> None:
-    model, images = build(config), pixels(1, size=16)
+    assert_continuations(build(config), columns)
+
+
+@torch.no_grad()
+def assert_continuations(model: Any, columns: int = 4) -> None:
+    """Each candidate has the logits of the text that it completes, whatever shares its batch."""
+    images = pixels(1, size=16)
     prompt = torch.tensor(rows()[:1])
-    rest = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])[:, :columns]
+    rest = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0], [12, *PAD[1:]], [13, 14, *PAD[2:]]])
+    rest = rest[:, :columns]
     found = model.continuations(prompt, rest, model.vision(images))
-    for own, text in zip(found, rest, strict=True):
+    for row, padded in zip(found, rest, strict=True):
+        text = padded[padded != IGNORE]
+        own = row[: len(text)]
         complete = read(model, torch.cat([prompt, text[None]], dim=1), images)[
             0, prompt.shape[1] - 1 : -1
         ]
@@ -227,7 +236,9 @@ def test_padded_prompts_are_refused_where_padding_reaches_the_state() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-def test_every_causal_family_isolates_packed_samples_or_is_refused(arch: str) -> None:
+def test_every_causal_family_isolates_packed_samples_and_candidates_or_is_refused(
+    arch: str,
+) -> None:
     for changes in ({}, {"kv_heads": 2}, {"tied": True}, {"ffn": 128}):
         try:
             with torch.device("meta"):
@@ -245,7 +256,9 @@ def test_every_causal_family_isolates_packed_samples_or_is_refused(arch: str) ->
         if sum(p.numel() for p in parameters) > 40_000_000:  # a family whose sizes are not all ours
             pytest.skip("too large for a test")
         with suppress(BridgeworkError):  # a refusal
-            assert farthest(build(replace(language(arch), **changes))) < 1e-4
+            model = build(replace(language(arch), **changes))
+            assert_continuations(model)
+            assert farthest(model) < 1e-4
         return
 
 

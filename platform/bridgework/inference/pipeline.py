@@ -492,22 +492,19 @@ class Pipeline:
             extra["instruction"] = torch.tensor([examples[0].instruction], device=device)
         # the END token has a logit column of the wiring's own
         columns = getattr(self.model, "targets", torch.Tensor.clone)
-        # padded on the right: the padding has no loss, and no token after it attends to it
-        rest_CR, _ = padded([e.ids[start:] for e in encoded], 0)
+        rest_CR, _ = padded([e.ids[start:] for e in encoded], IGNORE)
         labels_CR, _ = padded([e.labels[start:] for e in encoded], IGNORE)
+        rest_CR, labels_CR = rest_CR.to(device), labels_CR.to(device)
+        labeled_CR = labels_CR != IGNORE
         with eval_no_grad(self.model):
             features_NPF = self.inputs.concat_features(examples[0].images)
-            logits_CRV = self.model.continuations(
-                prompt_1T, rest_CR.to(device), features_NPF, **extra
+            logits_CRV = self.model.continuations(prompt_1T, rest_CR, features_NPF, **extra)
+            nats_L = F.cross_entropy(
+                logits_CRV[labeled_CR].float(), columns(labels_CR)[labeled_CR], reduction="none"
             )
-            loss_CR = F.cross_entropy(
-                logits_CRV.float().transpose(1, 2), columns(labels_CR.to(device)), reduction="none"
-            )
-        counts_C = (labels_CR != IGNORE).sum(1)
-        return [
-            Score(-nats, n)
-            for nats, n in zip(loss_CR.sum(1).tolist(), counts_C.tolist(), strict=True)
-        ]
+        sums_C = nats_L.new_zeros(len(encoded)).index_add(0, labeled_CR.nonzero()[:, 0], nats_L)
+        counts_C = labeled_CR.sum(1)
+        return [Score(-nats, n) for nats, n in zip(sums_C.tolist(), counts_C.tolist(), strict=True)]
 
     def _score_batch(self, batch: Batch) -> list[Score]:
         with eval_no_grad(self.model):

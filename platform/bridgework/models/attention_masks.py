@@ -6,6 +6,7 @@ that of the sample alone (as in packed BERT; Krell et al. 2021, arXiv:2107.02027
 
 # B sequences  T tokens  D width  N images
 
+import inspect
 import sys
 from math import inf
 from typing import Any
@@ -22,6 +23,7 @@ KINDS = {  # transformers' masks for models with one kind of layer, and the fiel
     "create_chunked_causal_mask": "attention_chunk_size",
     "create_causal_mask": "vocab_size",
 }
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 COUPLING = {  # config fields that make a token depend on others that no mask hides
     "expert_capacity": "its experts take a fixed number of tokens of a sequence",
     "local_radius": "its encoder reads a sequence in blocks of its own",
@@ -68,6 +70,24 @@ def can_cache_prompt(language: Any, length: int) -> bool:
     return not recurrent and length <= rotary_limit(language.config)
 
 
+def takes_any_mask(language: Any, length: int) -> bool:
+    """Return whether a causal model obeys any mask and any positions in a row of `length` tokens.
+
+    It does not if a token depends on more than its mask shows, if a distance is counted in the row
+    (MPT's ALiBi), if a layer's window is shorter than the row, or if the row is longer than the
+    position embeddings.
+    """
+    config, cls = language.config, type(language)
+    if packing_refusal(config, cls) or not _takes(language, "position_ids"):
+        return False
+    bounds = [getattr(config, name, None) for name in (*WINDOWS, "max_position_embeddings")]
+    return length <= min(bound or inf for bound in bounds)
+
+
+def _takes(language: Any, argument: str) -> bool:
+    return argument in inspect.signature(language.forward).parameters
+
+
 def _layers(config: Any) -> set[str]:
     return set(getattr(config, "layer_types", None) or ())
 
@@ -111,7 +131,7 @@ def packed_positions(segments_BT: Tensor) -> Tensor:
 
 
 def same_sample(segments_BT: Tensor) -> Tensor:
-    """Return (B, T, T) bool: true if two tokens are of one sample, or both padding."""
+    """Return (..., T, T) bool: true if two tokens are of one sample, or both padding."""
     return segments_BT.unsqueeze(-1) == segments_BT.unsqueeze(-2)
 
 

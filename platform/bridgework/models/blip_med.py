@@ -436,7 +436,7 @@ class MED(PairModel):
     def continuations(self, prompt: Tensor, rest: Tensor, features: Tensor) -> Tensor:
         """Return (C, R, V), the logits of every token of `rest` (C, R) after one `prompt` (1, T).
 
-        `rest` is padded on the right.
+        `rest` is padded on the right with IGNORE.
         """
         self._check_task("caption", "answer")
         images_1PF = self._images(None, features)
@@ -447,7 +447,8 @@ class MED(PairModel):
             prompt = prompt[:, :1]
         start_11 = torch.full_like(prompt[:, :1], self.config.text.dec)
         prompt_1T = torch.cat([start_11, prompt[:, 1:]], dim=1)
-        rows_CT = torch.cat([prompt_1T.expand(len(rest), -1), rest[:, :-1]], dim=1)
+        read_CL = rest[:, :-1].masked_fill(rest[:, :-1] == IGNORE, 0)
+        rows_CT = torch.cat([prompt_1T.expand(len(rest), -1), read_CL], dim=1)
         states_CXH = states_1XH.expand(len(rest), -1, -1)
         logits_CTV: Tensor = self.writer(
             input_ids=rows_CT, encoder_hidden_states=states_CXH, use_cache=False

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from bridgework import rng
 from bridgework.config import added, config_class
@@ -23,7 +24,7 @@ from bridgework.models.language import LanguageConfig
 from bridgework.models.origin import Origin
 from bridgework.models.resampler import ResamplerConfig
 from bridgework.models.vision import EfficientNetConfig, VisionTower, ViTConfig
-from bridgework.system import END, IMAGE, Layout, Pixels
+from bridgework.system import END, IGNORE, IMAGE, Layout, Pixels
 
 # B batch  T tokens  N images and videos of the batch, in order  M of one row at most  P patches
 # S pixels of a side  F width of the tower's features and of the bridge's tokens
@@ -274,12 +275,18 @@ class CrossAttentionVLM(VLMModule):
     ) -> Tensor:
         """Return (C, R, V + 2), the logits of each token of `rest` (C, R) after `prompt` (1, T).
 
-        `rest` is padded on the right. The images, features (N, P, F), are read once, and the prompt
-        too if the language model can cache it.
+        `rest` is padded on the right with IGNORE. The images, features (N, P, F), are read once,
+        and the prompt too if the language model can cache it.
         """
+        length = prompt.shape[1] + rest.shape[1]
+        if len(rest) > 1 and length > attention_masks.rotary_limit(self.language.config):
+            texts = [row_R[row_R != IGNORE].unsqueeze(0) for row_R in rest]
+            found = [self.continuations(prompt, text, features, layouts)[0] for text in texts]
+            return pad_sequence(found, batch_first=True)
+        rest = rest.masked_fill(rest == IGNORE, 0)
         media_1MQF, seen_1T = self.media(prompt, None, features, layouts)
         media_CMQF = media_1MQF.expand(len(rest), -1, -1, -1)
-        if not attention_masks.can_cache_prompt(self.language, prompt.shape[1] + rest.shape[1]):
+        if not attention_masks.can_cache_prompt(self.language, length):
             embeds_CTD = torch.cat(
                 [self.embed(prompt).expand(len(rest), -1, -1), self.embed(rest)], dim=1
             )

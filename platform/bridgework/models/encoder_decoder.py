@@ -103,6 +103,7 @@ def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
     """Return (C, R, V), the logits of every token of `rest` after one prompt, encoded once."""
     encoded_1TD = language.get_encoder()(inputs_embeds=prompt_1TD).last_hidden_state
     start_C1 = torch.full_like(rest_CR[:, :1], _start(language))
+    rest_CR = rest_CR.masked_fill(rest_CR == IGNORE, 0)
     outputs = language(
         encoder_outputs=(encoded_1TD.expand(len(rest_CR), -1, -1),),
         attention_mask=torch.ones(

@@ -327,8 +327,8 @@ class PrefixVLM(VLMModule):
     ) -> Tensor:
         """Return (C, R, V): the logits of every token of `rest` (C, R) after one `prompt` (1, T).
 
-        `rest` is padded on the right. The language model reads the prompt and its images, features
-        (N, P, F), once for all C.
+        `rest` is padded on the right with IGNORE. The language model reads the prompt and its
+        images, features (N, P, F), once for all C.
         """
         prompt_1TD = self.embed(prompt, None, features, instruction, instruction_attention, layouts)
         if encoder_decoder.is_encoder_decoder(self.language):
