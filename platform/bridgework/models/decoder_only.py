@@ -70,7 +70,7 @@ def continuations(language: Any, prompt_1TD: Tensor, rest_CR: Tensor) -> Tensor:
         cache = getattr(first, "past_key_values", None)  # GPT-1 has no cache
     if cache is None:
         return _with_prompt(language, prompt_1TD, rest_CR)
-    before_C1V = first.logits[:, -1:].expand(candidates, 1, -1)
+    before_C1V: Tensor = first.logits[:, -1:].expand(candidates, 1, -1)
     if columns == 1:
         return before_C1V
     cache.batch_repeat_interleave(candidates)
@@ -108,7 +108,7 @@ def _in_one_row(language: Any, prompt_1TD: Tensor, read_CL: Tensor, real_CL: Ten
     )
     found_KV = outputs.logits[0, -len(owner_K) - 1 :]
     candidates, rest = len(read_CL), read_CL.shape[1] + 1
-    logits_CRV = found_KV.new_zeros(candidates, rest, found_KV.shape[-1])
+    logits_CRV: Tensor = found_KV.new_zeros(candidates, rest, found_KV.shape[-1])
     logits_CRV[:, 0] = found_KV[0]
     logits_CRV[owner_K, place_K + 1] = found_KV[1:]
     return logits_CRV

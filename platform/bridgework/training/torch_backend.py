@@ -37,13 +37,12 @@ class TorchBackend:
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.optimizer = optimizer
-        self._module = step.to(self.device)
+        self._module = step.to(self.device).train()
         self._clip = stage.optim.clip
         self._last = False
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def forward(self, batch: Batch, cache: GradCacheBatch | None, *, last: bool) -> Tensor:
-        self._module.train()
         self._last = last
         sums_LR: Tensor = self._module(batch, cache)
         return sums_LR
