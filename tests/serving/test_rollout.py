@@ -256,7 +256,7 @@ def test_planted_bad_challenger_is_out_within_200_of_its_requests(
                 name=role, ray_actor_options={"num_cpus": 0.5}, max_ongoing_requests=4
             )(replicas[planted])
 
-        patch.setattr("bridgework.serving.app.deployment", deployment)
+        patch.setattr(models, "deployment", deployment)
         serving_it = serve_chat(model_home.path, challenger=challenger, share=0.5, **canary)
         with serving_it as http:
             for number in range(600):

@@ -21,13 +21,25 @@ from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
-from bridgework.errors import BridgeworkError, ResourceError, SpecError, TrackingError, WeightsError
+from bridgework.errors import (
+    BridgeworkError,
+    ResourceError,
+    RunError,
+    SpecError,
+    TrackingError,
+    WeightsError,
+)
 from bridgework.serving import app as apps
 from bridgework.serving import launch
 from bridgework.serving.auth import VARIABLE
-from bridgework.serving.models import record_deployment, resolve_model
+from bridgework.serving.models import Replica, record_deployment, resolve_model
 from bridgework.serving.options import Options, parse_options
 from tests.serving.support import ENDLESS
+
+
+def test_replica_on_a_node_with_another_version_is_refused_before_it_loads_anything() -> None:
+    with pytest.raises(RunError, match=r"another version of bridgework.*expected 0\.0\.0"):
+        Replica("nowhere", Options(model="llava"), "0.0.0")
 
 
 def test_gateway_starts_without_torch_and_mlflow() -> None:

@@ -8,21 +8,23 @@ A model name such as `llava@champion` is resolved to the artifact of a registere
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
-from bridgework import storage
+from bridgework import __version__, storage
 from bridgework.data import catalog
 from bridgework.evaluation.gate import read_gate
 from bridgework.serving.auth import Keys
 from bridgework.serving.gateway import Gateway, Routes
-from bridgework.serving.models import HEALTH_S, deployment, record_deployment, resolve_model
+from bridgework.serving.models import HEALTH_S, record_deployment, replicas, resolve_model
 from bridgework.serving.options import Options, parse_options
 from bridgework.serving.playground import playground_routes
 from bridgework.serving.probes import read_probes
+from bridgework.serving.router import ServedModel
 from bridgework.serving.routes import caption_routes, embedding_routes
 from bridgework.tracking.promotion import resolve_gate
 
@@ -66,12 +68,9 @@ def application(app: str, args: dict[str, Any], routes: Routes) -> Application:
     for model in served:
         record_deployment(model, home)
     if options.follow:  # the gateway starts the models, because it also replaces them
-        return _gateway(app, options).bind(app, routes, options, keys, [])
-    models = [
-        deployment(role, options).bind(m.artifact, options)
-        for role, m in zip(ROLES, served, strict=False)
-    ]
-    return _gateway(app, options).bind(app, routes, options, keys, served, *models)
+        return _gateway(app, options, routes, keys, [])
+    models = [replicas(role, model, options) for role, model in zip(ROLES, served, strict=False)]
+    return _gateway(app, options, routes, keys, served, *models)
 
 
 def _located(options: Options) -> Options:
@@ -85,11 +84,19 @@ def _located(options: Options) -> Options:
     return replace(options, home=str(home.absolute()), tracking=tracking, canary=canary)
 
 
-def _gateway(app: str, options: Options) -> serve.Deployment:
-    return serve.deployment(
+def _gateway(
+    app: str,
+    options: Options,
+    routes: Routes,
+    keys: Keys | None,
+    served: Sequence[ServedModel],
+    *models: Application,
+) -> Application:
+    gateway = serve.deployment(
         name=app,
         ray_actor_options={"num_cpus": 0},  # it only waits
         max_ongoing_requests=UNBOUNDED,
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=options.timeout_s,
     )(serve.ingress()(Gateway))
+    return gateway.bind(app, __version__, routes, options, keys, served, *models)

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from bridgework import ray_utils
 from bridgework.errors import TrackingError
 from bridgework.serving.admission import Admission
 from bridgework.serving.auth import AuthMiddleware, Keys
@@ -41,12 +42,15 @@ class Gateway:
     def __init__(
         self,
         app: str,
+        version: str,
         routes: Routes,
         options: Options,
         keys: Keys | None,
         served: Sequence[ServedModel],
         *handles: DeploymentHandle[Any],
     ) -> None:
+        """version: of bridgework in the command; RunError on a node with another."""
+        ray_utils.check_version(version)
         self._options, self._keys, self._routes = options, keys, routes
         self._router = Router(
             list(zip(served, handles, strict=True)), options.share, options.timeout_s

@@ -14,7 +14,7 @@ from prometheus_client.core import Metric
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from bridgework import artifacts, ray_utils, storage
+from bridgework import __version__, artifacts, ray_utils, storage
 from bridgework.serving.affinity import ImageAffinity
 from bridgework.serving.metrics import ReplicaMetrics
 from bridgework.serving.options import Options
@@ -32,7 +32,9 @@ HEALTH_S = 2.0  # with Serve's default of 10 s, a dead replica is noticed later
 class Replica(Model):
     """Model with the metrics of its requests."""
 
-    def __init__(self, artifact: str, options: Options) -> None:
+    def __init__(self, artifact: str, options: Options, version: str) -> None:
+        """version: of bridgework in the command; RunError on a node with another."""
+        ray_utils.check_version(version)
         self._metrics = ReplicaMetrics()
         super().__init__(artifact, options, self._metrics.observe)
 
@@ -69,6 +71,11 @@ def deployment(role: str, options: Options) -> serve.Deployment:
         request_router_config=RequestRouterConfig(**router),
         **scale,
     )(Replica)
+
+
+def replicas(role: str, served: ServedModel, options: Options) -> serve.Application:
+    """Return the deployment of `served` under the name `role`, with its weights."""
+    return deployment(role, options).bind(served.artifact, options, __version__)
 
 
 def replica_resources(options: Options) -> dict[str, float]:

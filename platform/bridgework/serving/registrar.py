@@ -58,12 +58,12 @@ class Registrar:
 
         Returns when its replicas run. Raises ResourceError if they do not in `load_s` seconds.
         """
-        from bridgework.serving.models import deployment, record_deployment
+        from bridgework.serving.models import record_deployment, replicas
 
         app = model_app(self._name, served)
         record_deployment(served, self._home)
         if _status(app) != ApplicationStatus.RUNNING:
-            target = deployment("model", self._options).bind(served.artifact, self._options)
+            target = replicas("model", served, self._options)
             serve.run_many(
                 [serve.RunTarget(target, name=app, route_prefix=None)],
                 wait_for_ingress_deployment_creation=False,
