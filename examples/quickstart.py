@@ -63,12 +63,12 @@ EVALUATIONS = (  # the longest first, because they run at the same time
 DRAWINGS, SEED, CANDIDATES = 12, 0, 20
 ABOUT_S = {  # on 2 idle cores
     "verify": 5,
-    "warm": 150,
-    "sweep": 120,
-    "align": 350,
-    "instruct": 130,
-    "judge": 250,
-    "serve": 45,
+    "warm": 110,
+    "sweep": 95,
+    "align": 315,
+    "instruct": 90,
+    "judge": 145,
+    "serve": 20,
 }
 TITLES = {
     "warm": "the bridge learns by contrast with the captions (Ray Train)",
