@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import fsspec
 
@@ -131,7 +131,40 @@ _PASSING = frozenset(
 )
 _ORDINARY = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
+
+class _Access(NamedTuple):
+    """Ways to give a cloud's client its credentials and its endpoint."""
+
+    credentials: str
+    endpoint: str
+
+
+_AWS = _Access(
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role of the machine", "AWS_ENDPOINT_URL"
+)
+_GOOGLE = _Access(
+    "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
+    "STORAGE_EMULATOR_HOST",
+)
+_AZURE = _Access(
+    "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with `az login`",
+    "AZURE_STORAGE_CONNECTION_STRING",
+)
+_CLOUDS = {
+    **dict.fromkeys(("s3", "s3a"), _AWS),
+    **dict.fromkeys(("gs", "gcs"), _GOOGLE),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), _AZURE),
+}
+_OTHER = _Access("the login of its own client", "the host in the URL")
+_seen: set[str] = set()  # URLs of buckets that exist, of clients that do not name a missing one
+
 log = logging.getLogger(__name__)
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of errors that it raises too
+
+
+def access(url: str) -> _Access:
+    """Return the ways to give the client of a URL its credentials and its endpoint."""
+    return _CLOUDS.get(url.partition("://")[0], _OTHER)
 
 
 def connect(url: str) -> tuple[Any, str]:
@@ -143,6 +176,10 @@ def connect(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url, **_options(protocol))
     except ValueError as error:
+        if protocol in _OPTIONS:  # Azure's client needs an account before any request
+            raise ResourceError(
+                f"{url!r}: {str(error).rstrip('.!')}. Fix: set {access(url).credentials}"
+            ) from None
         raise DataError(
             f"{url!r}: {error}{suggest(protocol, fsspec.available_protocols())}"
         ) from None
@@ -234,23 +271,41 @@ class Store:
 
     @property
     def protocol_name(self) -> str:
-        """First name of the protocol, e.g. s3."""
+        """Usual name of the protocol, the shortest one: s3, gs, az."""
         names = self.fs.protocol
-        return cast(str, names if isinstance(names, str) else names[0])
+        return cast(str, names if isinstance(names, str) else min(names, key=len))
 
     def _name(self, path: Any) -> str:
         first = path[0] if isinstance(path, list | tuple) and path else path
         return f"{self.protocol_name}://{str(first).lstrip('/')}"
 
-    def _precise_code(self, where: str) -> str:
-        """Ask the store for the cause of a refusal: answers to HEAD requests do not have one."""
+    def _precise_code(self, where: str, error: Exception) -> str:
+        """Ask the store for the cause of a refusal, which some answers do not have.
+
+        S3's answers to HEAD requests have none. Google's client raises the same error for a missing
+        object and a missing bucket.
+        """
         bucket = where.partition("://")[2].partition("/")[0]
+        if isinstance(error, FileNotFoundError):
+            google = self.protocol_name == "gs" and bucket and bucket not in _seen
+            return self._google_code(bucket) if google else ""
         if not hasattr(self.fs, "call_s3"):
             return ""
         try:
             self.fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
         except Exception as error:
             return next((c for c in _answered(error) if not c.isdecimal()), "")
+        return ""
+
+    def _google_code(self, bucket: str) -> str:
+        """Return NoSuchBucket for a bucket that cannot be listed, because it does not exist."""
+        try:
+            self.fs.call("GET", f"b/{bucket}/o", maxResults=1, json_out=True)
+        except FileNotFoundError:
+            return "NoSuchBucket"
+        except Exception:
+            return ""  # the error of the request itself says more
+        _seen.add(bucket)
         return ""
 
     def __reduce__(self) -> Any:
@@ -338,7 +393,9 @@ def wait_s() -> float:
 
 
 def request(
-    call: Callable[[], Any], where: str, precise: Callable[[str], str] = lambda where: ""
+    call: Callable[[], Any],
+    where: str,
+    precise: Callable[[str, Exception], str] = lambda where, error: "",
 ) -> Any:
     """Return `call()`, repeated after errors that may pass.
 
@@ -376,14 +433,16 @@ def is_of_a_client(error: BaseException) -> bool:
 
 
 def explained(
-    error: Exception, where: str, precise: Callable[[str], str] = lambda where: ""
+    error: Exception,
+    where: str,
+    precise: Callable[[str, Exception], str] = lambda where, error: "",
 ) -> Exception:
     """Return a failed request's error: an ordinary one, or a ResourceError with cause and fix."""
     codes = _codes(error)
+    if codes & {"400", "403", "301"} or isinstance(error, FileNotFoundError):
+        codes |= {precise(where, error)} - {""}
     if not codes & _BUCKET and isinstance(error, _ORDINARY):
         return error
-    if codes & {"400", "403", "301"}:
-        codes |= {precise(where)} - {""}
     bucket = where.partition("://")[2].partition("/")[0]
     got = f"Got {_summary(error)}"
     fixes = (
@@ -410,14 +469,14 @@ def explained(
         (
             _CREDENTIALS,
             "the store refuses access",
-            "give credentials with read and write access to the bucket, e.g. AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY, a role of the machine, or the login of your cloud's tool",
+            "give credentials with read and write access to the bucket: "
+            f"{access(where).credentials}",
         ),
         (
             _PASSING,
             f"the store cannot be reached; gave up after {wait_s():g} s",
-            "check that it is up and that its endpoint is right (AWS_ENDPOINT_URL); the same "
-            "command then resumes",
+            f"check that it is up and that its endpoint is right ({access(where).endpoint}); the "
+            "same command then resumes",
         ),
     )
     for known, what, fix in fixes:
@@ -455,6 +514,8 @@ def _answered(error: BaseException) -> set[str]:
             value = getattr(at, name, None)
             if isinstance(value, int | str):
                 found.add(str(value))
+        if str(at).startswith("Forbidden: "):  # of gcsfs, without a code
+            found.add("403")
     return found - {""}
 
 
