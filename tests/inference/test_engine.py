@@ -293,6 +293,28 @@ def test_cancelled_sequence_leaves_at_the_next_step(pipe: Pipeline) -> None:
     assert max(one.completion_tokens for one in seen if one.finish_reason == "abort") < 100
 
 
+def test_cancelled_sequence_between_two_steps_ends_no_other(pipe: Pipeline) -> None:
+    """The step has passed row 1 when row 0 cancels it, and row 2 takes its place in the batch."""
+    seen: list[RequestTimes] = []
+    collected = Collected()
+    sequences: list[GeneratedSequence] = []
+    with running(pipe, EngineLimits(rows=3), seen.append) as engine:
+
+        def first(item: Piece | End) -> None:
+            collected.sink(0)(item)
+            if len(engine._rows) == 3:
+                engine.cancel(sequences[1])
+
+        prompt, most = engine.prepare(ASKED, [tiny.picture()]), 40
+        long: Any = {"max_new_tokens": most, "min_new_tokens": most}
+        for sink in (first, collected.sink(1), collected.sink(2)):
+            sequences.append(engine.submit(prompt, sink, **long))
+        wait(engine, collected, 2)
+    assert sorted(one.finish_reason for one in seen) == ["abort", "length", "length"]
+    assert collected.generation(0) == collected.generation(2)
+    assert collected.generation(0).completion_tokens == most
+
+
 def test_times_of_a_request_add_up(pipe: Pipeline) -> None:
     seen: list[RequestTimes] = []
     with running(pipe, observe=seen.append) as engine:

@@ -364,6 +364,7 @@ class Engine:
 
     # --- the step loop
 
+    @torch.inference_mode()
     def _run(self) -> None:
         while self._wait():
             try:
@@ -404,8 +405,7 @@ class Engine:
     def _guarded(self, work: Callable[[], None], sequences: list[GeneratedSequence]) -> None:
         """Run a part of the loop; an error ends the sequences in it, and no others."""
         try:
-            with torch.inference_mode():
-                work()
+            work()
         except Exception as error:
             for sequence in sequences:
                 if not sequence.finished:
