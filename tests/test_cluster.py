@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -212,3 +213,20 @@ def test_actor_on_a_node_with_another_version_fails_before_its_work() -> None:
     answer = actor({"item": True})
     assert answer["error"] == "bridgework.errors:RunError" and not made
     assert f"Got {__version__}; expected 0.0.9. Fix: install 0.0.9 there" in answer["message"]
+
+
+def test_refused_token_differs_from_a_cluster_that_is_down() -> None:
+    """Ray reports both as a failed connection; digits of a port are not the status 401 or 403."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        error = ConnectionError(f"Failed to connect to Ray cluster at 10.0.0.1:{port}")
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            line = str(ray_utils.not_joined(address, error))
+            assert "its port answers" in line and "RAY_AUTH_MODE=token" in line
+    for address in (f"127.0.0.1:{port}", "127.0.0.1:40310", "no port"):
+        line = str(
+            ray_utils.not_joined(address, ConnectionError(f"Failed to connect to {address}"))
+        )
+        assert "check that the cluster runs" in line and "token" not in line
+    line = str(ray_utils.not_joined("http://h:8265", RuntimeError("status code 401: Unauthorized")))
+    assert "RAY_AUTH_MODE=token" in line

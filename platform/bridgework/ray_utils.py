@@ -9,7 +9,9 @@ import logging
 import math
 import os
 import platform
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,6 +29,10 @@ from bridgework.errors import BridgeworkError, ResourceError, RunError
 T = TypeVar("T")
 TIMEOUT_S = 1_800.0  # of a wait for resources: a scarce spot node may take many minutes
 RESIZE_S = 60.0  # interval at which an elastic run looks for room for more workers
+TOKEN_FIX = (
+    "export RAY_AUTH_MODE=token, and put the token of the cluster into ~/.ray/auth_token or "
+    "RAY_AUTH_TOKEN"
+)
 SAY_EVERY_S = 10.0  # interval of the messages while waiting
 NODE_TYPES_S = 60.0  # for which the node types of an autoscaler are known
 HEAD_S = 60.0  # longest wait for the head to read them
@@ -202,21 +208,37 @@ def jobs(address: str) -> list[tuple[str, str]]:
 
 
 def not_joined(address: str, error: Exception) -> ResourceError:
-    """Return the error of a cluster that cannot be joined: a wrong token, address or version."""
+    """Return the error of a cluster that cannot be joined: a wrong token, address or version.
+
+    Ray's error for a refused token is often that of a cluster that is down, so its port is tried.
+    """
     text = str(error).strip().partition(chr(10))[0][:300]
-    words = f"{text} {error}".lower()
-    if any(word in words for word in ("token", "unauthenticated", "unauthorized", "401", "403")):
-        fix = (
-            "export RAY_AUTH_MODE=token, and put the token of the cluster into ~/.ray/auth_token or "
-            "RAY_AUTH_TOKEN"
-        )
-    elif "version" in words:
-        fix = "install the version of Ray and Python that the cluster has"
+    said = f"{text} {error}".lower()
+    if re.search(r"token|unauthenticated|unauthorized|\b401\b|\b403\b", said):
+        reason, fix = "", TOKEN_FIX
+    elif "version" in said:
+        reason, fix = "", "install the version of Ray and Python that the cluster has"
+    elif "failed to connect" in said and _answers(address):
+        reason, fix = ", and its port answers: the token is missing or wrong", TOKEN_FIX
     else:
-        fix = "check that the cluster runs and that its port is forwarded (`ray dashboard`)"
+        reason, fix = (
+            "",
+            "check that the cluster runs and that its port is forwarded (`ray dashboard`)",
+        )
     return ResourceError(
-        f"{address}: the cluster cannot be joined. Got {type(error).__name__}: {text}. Fix: {fix}"
+        f"{address}: the cluster cannot be joined. Got {type(error).__name__}: {text}{reason}. "
+        f"Fix: {fix}"
     )
+
+
+def _answers(address: str) -> bool:
+    """Return whether a process listens at host:port, with or without a protocol."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=3):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def address() -> str | None:
