@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.execution.controller.state import InitializingState, RestartingState
+from ray.util import placement_group, placement_group_table
 
 from bridgework import __version__, ray_utils
 from bridgework.config import override
@@ -20,7 +24,7 @@ from bridgework.errors import Interrupted, ResourceError, RunError, SpecError
 from bridgework.training import checkpoint, notices
 from bridgework.training.options import RunOptions
 from bridgework.training.process_group import DeviceTorchConfig, WorkerFacts, _backend, _probe
-from bridgework.training.ray_train import WorkerGroupCallback
+from bridgework.training.ray_train import PlacementCallback, WorkerGroupCallback, release
 from bridgework.training.stopping import Preemption, Stop
 from tests.training import elastic_run
 from tests.training.support import go, job, llava, losses, train_ranks
@@ -175,3 +179,35 @@ def test_wait_for_lost_nodes_ends_after_a_time_and_on_request(tmp_path: Path) ->
     Stop(tmp_path / "instruct").ask("SIGTERM")
     with pytest.raises(Interrupted, match="instruct: stopped by SIGTERM"):
         waiting.after_controller_state_update(lost, lost)
+
+
+def test_workers_of_a_killed_controller_are_freed(tmp_path: Path, ray_session: None) -> None:
+    """As those of a trial that Tune stops; Ray's own clean-up takes a dashboard."""
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def start(self, folder: Path) -> str:
+            group = placement_group([{"CPU": 0.5}])
+            ray.get(group.ready())
+            handle = SimpleNamespace(placement_group=group)
+            state = SimpleNamespace(placement_group_handle=handle)
+            workers = SimpleNamespace(get_worker_group_state=lambda: state)
+            PlacementCallback(folder).after_worker_group_start(workers)
+            return str(group.id.hex())
+
+    controller = Controller.remote()
+    name = ray.get(controller.start.remote(tmp_path))
+
+    def state() -> str:
+        return str(placement_group_table()[name]["state"])
+
+    waiting = threading.Thread(target=release, args=(tmp_path,))
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive() and state() == "CREATED", "its controller is alive"
+    ray.kill(controller)
+    waiting.join(60)
+    while state() != "REMOVED":
+        time.sleep(0.1)
+    assert not (tmp_path / "ray").exists()
+    release(tmp_path)  # nothing is left

@@ -4,6 +4,7 @@ Ray starts new processes for every stage. Importing torch takes seconds, so this
 only when it is needed.
 """
 
+import json
 import logging
 import math
 import os
@@ -17,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 import ray.train
-from ray import cloudpickle
+from ray import PlacementGroupID, cloudpickle
+from ray._private.state import actors
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, UserCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback as RayWorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import PreemptionError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from bridgework import ray_utils, storage
 from bridgework.data.ray_ingest import READER_CPUS, PlanIngest, from_ray, prefetch
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
 ELASTIC_CPUS = 0.7  # of a worker of an elastic run without GPUs
 CHECKPOINT_S = 900.0  # longest wait for a checkpoint before the number of workers changes
 POLL_S = 0.2
+GONE_S = 120.0  # longest wait for the controller of a stopped trial to end
+PLACEMENT = "placement.json"
 RESIZE = "a change of the number of workers"  # reason of a request to stop
 
 log = logging.getLogger(__name__)
@@ -76,7 +82,8 @@ def fit(job: "TrainJob", options: RunOptions) -> None:
         # list[Any], because Ray's annotation has only its older class of callbacks
         steps = job.system[job.stage].budget.steps
         group = WorkerGroupCallback(job.folder, resources, options, steps=steps)
-        callbacks: list[Any] = [FailFastCallback(), group, *options.callbacks]
+        placement = PlacementCallback(job.folder)
+        callbacks: list[Any] = [FailFastCallback(), group, placement, *options.callbacks]
         loop_config = {
             "job": cloudpickle.dumps(job),
             "threads": options.threads,
@@ -119,6 +126,27 @@ def fit(job: "TrainJob", options: RunOptions) -> None:
                 f"stage {job.stage!r} failed after {attempts} attempts. Last error: {cause!r}"
             ) from error
     storage.remove(job.folder / "ray")
+
+
+def release(folder: Any) -> None:
+    """Free the resources of a stage's workers once the controller that Ray Train made is dead.
+
+    Tune kills the process of a trial that it stops, and the controller with it. Ray's own clean-up
+    then needs the dashboard, and one Ray on the machine; without it the resources stay taken until
+    the command ends. Returns after GONE_S at the latest, or at once if there are no workers.
+    """
+    file = folder / "ray" / PLACEMENT
+    try:
+        record = json.loads(file.read_text())
+    except FileNotFoundError:  # trained in this process, or finished
+        return
+    deadline = time.monotonic() + GONE_S
+    while actors(record["controller"]).get("State") != "DEAD":
+        if time.monotonic() > deadline:
+            return
+        time.sleep(POLL_S)
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(record["group"]))))
+    storage.remove(folder / "ray")
 
 
 def _needs(options: RunOptions) -> dict[str, float]:
@@ -299,6 +327,21 @@ class WorkerGroupCallback(ControllerCallback):
     def _say(self, text: str) -> None:
         with notices.to_file(self._folder):
             log.warning("%s: %s", self._stage, text)
+
+
+class PlacementCallback(RayWorkerGroupCallback):
+    """Writes the placement group of the workers into the folder of the stage, for `release`."""
+
+    def __init__(self, folder: Any) -> None:
+        self._file = folder / "ray" / PLACEMENT
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Write it in the process of the controller."""
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        controller = ray.get_runtime_context().get_actor_id()
+        record = {"controller": controller, "group": group.id.hex()}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(self._file, json.dumps(record))
 
 
 class FailFastCallback(UserCallback):

@@ -45,6 +45,7 @@ from bridgework.tracking.tracker import Point, Status, Tracker, Version
 from bridgework.training import feature_cache, run_dir
 from bridgework.training.driver import can_cache_features, num_draws, train
 from bridgework.training.options import RunOptions
+from bridgework.training.ray_train import release
 from bridgework.tuning import report, study
 from bridgework.tuning.choice import Rule, front, ranked
 from bridgework.tuning.compare import score_intervals, verdict
@@ -381,7 +382,9 @@ class _Callback(Callback):
 
     def _ended(self, trial: Trial, failure: str) -> None:
         try:
-            self._recorder.ended(self._proposer.number(trial.trial_id), failure)
+            number = self._proposer.number(trial.trial_id)
+            self._recorder.release_workers(number)
+            self._recorder.ended(number, failure)
         except Exception as error:  # raised after the sweep, because Tune would wrap it
             self._proposer.raised = self._proposer.raised or error
 
@@ -557,6 +560,15 @@ class _Recorder:
             status: Status = "FAILED" if row.status == "failed" else "FINISHED"
             self._call_tracker(partial(_end_run, self._runs.pop(number), status, row))
         self._refresh()
+
+    def release_workers(self, number: int) -> None:
+        """Free the workers of a trial in threads, because Tune kills its process after this."""
+        if not self.space.budget.workers:
+            return
+        for name in repeat_names(study.name(number), self.space.budget.repeats):
+            for stage in self.space.stages:
+                folder = self._trials.folder / name / stage
+                threading.Thread(target=release, args=(folder,), daemon=True).start()
 
     def _log_finished(self, number: int, row: TrialRow) -> None:
         """Log datasets, images and weights of the stages: all are finished, none is trained."""
