@@ -230,3 +230,13 @@ def test_refused_token_differs_from_a_cluster_that_is_down() -> None:
         assert "check that the cluster runs" in line and "token" not in line
     line = str(ray_utils.not_joined("http://h:8265", RuntimeError("status code 401: Unauthorized")))
     assert "RAY_AUTH_MODE=token" in line
+
+
+def test_closed_port_of_a_ray_is_an_error_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would try for minutes."""
+    monkeypatch.setattr(ray_utils, "JOIN_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with pytest.raises(ResourceError, match=rf"^{address}: .*nothing listens .*Fix: check"):
+            ray_utils.join(address)

@@ -33,6 +33,7 @@ TOKEN_FIX = (
     "export RAY_AUTH_MODE=token, and put the token of the cluster into ~/.ray/auth_token or "
     "RAY_AUTH_TOKEN"
 )
+JOIN_S = 5.0  # for which the port of a Ray may be closed, because it starts
 SAY_EVERY_S = 10.0  # interval of the messages while waiting
 NODE_TYPES_S = 60.0  # for which the node types of an autoscaler are known
 HEAD_S = 60.0  # longest wait for the head to read them
@@ -83,7 +84,6 @@ def connect(**logs: Any) -> bool:
     `logs` are the arguments of `ray.init` about logs. Raises ResourceError if it cannot be joined.
     """
     import ray
-    from ray.exceptions import RayError
 
     named = address()
     _Session.own = named is None
@@ -95,11 +95,28 @@ def connect(**logs: Any) -> bool:
             cpus = max(2, os.cpu_count() or 1)  # one for the workers, one for Ray Data
             ray.init("local", num_cpus=cpus, include_dashboard=False, **logs)
             return True
-        try:
-            ray.init(address=named, **logs)
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-            raise not_joined(named, error) from error
+        join(named, **logs)
     return False
+
+
+def join(address: str, **logs: Any) -> None:
+    """Join the Ray at `address`; `logs` are the arguments of `ray.init` about logs.
+
+    Raises ResourceError if it cannot be joined. Ray itself would try a closed port for minutes, so
+    the port must open within JOIN_S.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    deadline = time.monotonic() + JOIN_S
+    while re.fullmatch(r"(ray://)?[^/]+:\d+", address) and not _answers(address):
+        if time.monotonic() > deadline:
+            raise not_joined(address, ConnectionError("nothing listens at this address"))
+        time.sleep(0.5)
+    try:
+        ray.init(address=address, **logs)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise not_joined(address, error) from error
 
 
 @contextmanager

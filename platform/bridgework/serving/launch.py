@@ -204,10 +204,10 @@ def traffic(name: str, share: float | None) -> dict[str, Any]:
         if named is None:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # as `bridgework serve` starts it
         try:
-            ray.init(named or "auto", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-            if named is not None or not isinstance(error, ConnectionError):
-                raise ray_utils.not_joined(named or "this machine's Ray", error) from error
+            ray_utils.join(named or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        except ResourceError as error:
+            if named is not None or not isinstance(error.__cause__, ConnectionError):
+                raise
             raise ResourceError(
                 "no Ray is running on this machine. Fix: start the app with `bridgework serve`, "
                 "or set RAY_ADDRESS"
