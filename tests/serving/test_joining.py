@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -61,7 +62,7 @@ def head(environment: dict[str, str]) -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def until(condition: object, process: subprocess.Popen[bytes]) -> None:
+def until(condition: object, process: subprocess.Popen[Any]) -> None:
     assert callable(condition)
     deadline = time.monotonic() + 300
     while not condition():
@@ -85,8 +86,11 @@ def test_serve_joins_a_ray_with_token_and_leaves_it_running(
 ) -> None:
     port, env = free_port(), environment | {"RAY_ADDRESS": head}
     for _ in range(2):  # again after the first one ended: the Ray is still there
-        with subprocess.Popen(command(weights, port), env=env) as process:
-            until(lambda: healthy(port), process)
+        words = command(weights, port)
+        with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert any("answers at" in line for line in process.stdout)  # it answers before that
+            assert healthy(port)
             process.send_signal(signal.SIGTERM)
             assert process.wait(120) == 0
 
