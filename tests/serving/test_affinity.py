@@ -100,11 +100,18 @@ def test_every_image_is_read_by_one_of_two_replicas(http: httpx.Client) -> None:
 
 def test_a_busy_replica_passes_requests_on(http: httpx.Client) -> None:
     before = images_read(http)
-    with ThreadPoolExecutor(14) as pool:  # 14 at once about one image
-        statuses = list(pool.map(lambda n: ask(http, 100, f"{n}", **ENDLESS), range(14)))
-    assert statuses == [200] * 14
-    after = images_read(http)
-    assert min(counts["queries"] - before[name]["queries"] for name, counts in after.items()) > 0
+
+    def passed_on() -> bool:
+        """Ask 14 times at once about one image; a slow client may not keep a replica busy."""
+        with ThreadPoolExecutor(14) as pool:
+            statuses = list(pool.map(lambda n: ask(http, 100, f"{n}", **ENDLESS), range(14)))
+        assert statuses == [200] * 14
+        after = images_read(http)
+        return (
+            min(counts["queries"] - before[name]["queries"] for name, counts in after.items()) > 0
+        )
+
+    until(passed_on)
 
 
 def replicas() -> list[psutil.Process]:
