@@ -191,7 +191,7 @@ def work() -> tuple[dict[str, tuple[float, float]], float]:
         },
     )
     started, cpu = time.perf_counter(), time.process_time()
-    options = RunOptions(workers=0, evaluate_every=1, report=report, cache_features=False)
+    options = RunOptions(workers=0, evaluate_every=1, report=report, features="computed")
     home = storage.locate(f"s3://{BUCKET}/home")
     train(system, home=home, run="run", options=options, stages=["align"])
     times["start, to the first step"] = steps[0]
