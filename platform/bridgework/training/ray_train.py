@@ -142,9 +142,9 @@ def release(folder: Any) -> None:
         return
     deadline = time.monotonic() + GONE_S
     while actors(record["controller"]).get("State") != "DEAD":
-        if time.monotonic() > deadline:
-            return
         time.sleep(POLL_S)
+        if time.monotonic() > deadline or not ray.is_initialized():  # with Ray, all is freed
+            return
     remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(record["group"]))))
     storage.remove(folder / "ray")
 
