@@ -19,11 +19,12 @@ from rich.console import Console
 
 from bridgework.config import override
 from bridgework.inference.pipeline import Pipeline
+from bridgework.inference.preprocess import RememberingInputs
 from bridgework.storage import write_atomic
 from bridgework.system import load
 from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
-from examples.quickstart import EVALUATIONS, ROWS
+from examples.quickstart import CONCEPT_EVALUATIONS, ROWS, STYLE_EVALUATIONS
 from examples.report import percent
 
 SHARES = {
@@ -51,8 +52,10 @@ def figures(home: Path, seed: int, stage: str) -> dict[str, float]:
     file = home / "runs" / run / stage / "held-out.json"
     if not file.exists():
         pipeline = Pipeline.load(results[stage].artifact)
+        pipeline.inputs = RememberingInputs(pipeline.model, pipeline.stage)
+        specs = [*STYLE_EVALUATIONS, *CONCEPT_EVALUATIONS]
         # `warm` trains no language model, so its likelihoods are those of an untrained wiring
-        specs = [e for e in EVALUATIONS if stage != "warm" or "retrieval" in e.name]
+        specs = [e for e in specs if stage != "warm" or "retrieval" in e.name]
         found = {k: v for spec in specs for k, v in spec.run(pipeline, home).metrics.items()}
         write_atomic(file, json.dumps(found, indent=1))
     stored: dict[str, float] = json.loads(file.read_text())

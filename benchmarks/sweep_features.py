@@ -30,6 +30,7 @@ def trials(count: int, steps: int) -> list[System]:
     base = override(
         load("llava:quickstart"),
         {
+            "stages.*.model.vision.grid": 4,  # 16 tokens an image, for the bridge that joins four
             f"stages.{STAGE}.budget.steps": steps,
             f"stages.{STAGE}.budget.batch": 64,
             f"stages.{STAGE}.budget.micro": 64,

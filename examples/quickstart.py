@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from bridgework.data.samples import Sample
 from bridgework.errors import DataError, TrackingError
 from bridgework.evaluation import HeldOutLoss, Ranking, Retrieval
 from bridgework.inference.pipeline import Pipeline
+from bridgework.inference.preprocess import RememberingInputs
 from bridgework.ray_utils import ray_session
 from bridgework.serving import launch
 from bridgework.system import EvalSpec, Scoring, System, load
@@ -51,13 +52,15 @@ STYLE, CONCEPTS = f"{DATA}/heldout_style", f"{DATA}/heldout_concepts"
 QUESTION = "What is in the picture?"
 GATE = "ranking.accuracy"
 ROWS = 300  # of each held-out set: all
-SCORING = Scoring(prior=False)  # that of the recipe
-EVALUATIONS = (  # the longest first, because they run at the same time
-    Ranking(dataset=STYLE, rows=ROWS, scoring=SCORING),
-    Ranking(name="concepts_ranking", dataset=CONCEPTS, rows=ROWS, scoring=SCORING),
-    HeldOutLoss(dataset=CONCEPTS, rows=ROWS),
-    Retrieval(dataset=STYLE, rows=ROWS),
+PRIOR = f"{DATA}/clipart"  # training images, whose captions' likelihood is the prior
+SCORING = Scoring(prior_weight=0.7)  # that of the recipe
+RANKING = Ranking(dataset=STYLE, rows=ROWS, scoring=SCORING, prior_images=PRIOR)
+# The evaluations of a dataset share its images. A process with one thread runs each of the groups.
+STYLE_EVALUATIONS = (RANKING, Retrieval(dataset=STYLE, rows=ROWS))
+CONCEPT_EVALUATIONS = (
+    replace(RANKING, name="concepts_ranking", dataset=CONCEPTS),
     Retrieval(name="concepts_retrieval", dataset=CONCEPTS, rows=ROWS),
+    HeldOutLoss(dataset=CONCEPTS, rows=ROWS),
 )
 # The drawings of the report are drawn by a seed before anything is trained, never by their result.
 DRAWINGS, SEED, CANDIDATES = 12, 0, 20
@@ -136,9 +139,8 @@ def run_on_ray(
         "alias": registry.CHAMPION,
     }
     with report.part("judge", "the model, on drawings that it never saw", ABOUT_S["judge"]):
-        pipeline = Pipeline.load(champion.artifact)
-        report.values |= evaluate(champion.artifact, report.home)
-        answered = list(answer(pipeline, held_out, chosen))
+        figures, answered = judge(champion.artifact, report.home, held_out, chosen)
+        report.values |= figures
         show_answered(answered)
         for file in draw_report(report, answered):
             tracker.file(champion.run_id, file, "report")
@@ -244,21 +246,49 @@ def promote(tracker: MLflowTracker, trained: StageResult, home: Path) -> Version
     return champion
 
 
-@ray.remote(num_cpus=1)
-def metrics_of(spec: EvalSpec, artifact: str, home: Path) -> dict[str, float]:
-    """Return the metrics of one evaluation, computed by one thread."""
-    torch.set_num_threads(1)
-    return spec.run(Pipeline.load(artifact), home).metrics
+def judge(
+    artifact: str, home: Path, held_out: list[Sample], chosen: list[Sample]
+) -> tuple[dict[str, Any], list[Answered]]:
+    """Evaluate the champion on all held-out rows, and let it answer about the chosen drawings.
 
-
-def evaluate(artifact: str, home: Path) -> dict[str, Any]:
-    """Evaluate the champion on all held-out rows and print its figures next to chance.
-
-    Each evaluation is a Ray task with one thread, because a forward pass over few tokens does not
-    occupy two.
+    Two Ray tasks with one thread each, because a forward pass over few tokens does not occupy two.
+    Prints the figures next to chance, and returns them with the answers.
     """
-    tasks = [metrics_of.remote(spec, artifact, home) for spec in EVALUATIONS]
-    figures = {key: value for found in ray.get(tasks) for key, value in found.items()}
+    style = judge_style.remote(artifact, home, held_out, chosen)
+    concepts = metrics_of.remote(CONCEPT_EVALUATIONS, artifact, home)
+    (figures, answered), others = ray.get([style, concepts])
+    return evaluated(figures | others), answered
+
+
+@ray.remote(num_cpus=1)
+def judge_style(
+    artifact: str, home: Path, held_out: list[Sample], chosen: list[Sample]
+) -> tuple[dict[str, float], list[Answered]]:
+    """Return the metrics of another artist's drawings, and the answers about the chosen ones."""
+    pipeline = loaded(artifact)
+    figures = metrics(STYLE_EVALUATIONS, pipeline, home)
+    return figures, list(answer(pipeline, home, held_out, chosen))
+
+
+@ray.remote(num_cpus=1)
+def metrics_of(specs: Sequence[EvalSpec], artifact: str, home: Path) -> dict[str, float]:
+    return metrics(specs, loaded(artifact), home)
+
+
+def metrics(specs: Sequence[EvalSpec], pipeline: Pipeline, home: Path) -> dict[str, float]:
+    return {key: value for spec in specs for key, value in spec.run(pipeline, home).metrics.items()}
+
+
+def loaded(artifact: str) -> Pipeline:
+    """Return the model on one thread; it reads every image once."""
+    torch.set_num_threads(1)
+    pipeline = Pipeline.load(artifact)
+    pipeline.inputs = RememberingInputs(pipeline.model, pipeline.stage)
+    return pipeline
+
+
+def evaluated(figures: dict[str, float]) -> dict[str, Any]:
+    """Print the figures; returns them under the names of quickstart.json."""
     table = Table("", *HEADS, box=None, pad_edge=False)
     for row in figure_rows(figures):
         table.add_row(*row)
@@ -293,13 +323,16 @@ def figure_rows(figures: dict[str, float]) -> list[list[str]]:
 
 
 def answer(
-    pipeline: Pipeline, held_out: list[Sample], chosen: Sequence[Sample]
+    pipeline: Pipeline, home: Path, held_out: list[Sample], chosen: Sequence[Sample]
 ) -> Iterator[Answered]:
     """Rank 20 captions for each chosen drawing, and find the nearest of all captions."""
     captions = [sample.text for sample in held_out]
+    references = pipeline.inputs.encode_images(RANKING.references(pipeline, home))
     texts_CD = pipeline.embed_texts(captions)
     for sample in chosen:
-        ranked = pipeline.rank(sample.images[0], choices(sample, held_out), QUESTION)
+        ranked = pipeline.rank(
+            sample.images[0], choices(sample, held_out), QUESTION, references, SCORING
+        )
         best = max(one.score for one in ranked)
         total = sum(math.exp(one.score - best) for one in ranked)
         image_D = pipeline.embed_images([sample.images[0]])[0]

@@ -9,6 +9,7 @@ torch nor Ray, and branches on no system's name.
 import hashlib
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -165,18 +166,30 @@ class EvalSpec(Protocol):
 
 @config_class
 class Scoring:
-    """Scores of the candidate answers of a question, by which they are ranked."""
+    """Scores of the candidate answers of a question, by which they are ranked.
 
-    # Subtract the log-likelihood given blank images: pointwise mutual information.
-    prior: bool = True
+    An answer that is likely about any image has a high prior, its log-likelihood given blank
+    images. Subtracting a part of it is the debiasing of arXiv:2306.01879 (section 4); all of it is
+    pointwise mutual information.
+    """
+
+    prior: bool = True  # subtract the prior
+    prior_weight: float = added(default=1.0)  # the part that is subtracted, above 0
     per_token: bool = False  # divide by the answer's number of tokens: length normalization
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prior_weight < math.inf:
+            raise SpecError(
+                f"scoring.prior_weight: a part of the prior is subtracted. Got {self.prior_weight}; "
+                "expected a number above 0. Fix: prior=false subtracts nothing"
+            )
 
     def __call__(self, loglik: float, prior: float, tokens: int) -> float:
         """Return the score of an answer.
 
         loglik: nats, summed over the answer's tokens. prior: the same without the image.
         """
-        nats = loglik - prior if self.prior else loglik
+        nats = loglik - self.prior_weight * prior if self.prior else loglik
         return nats / max(1, tokens) if self.per_token else nats
 
 

@@ -279,6 +279,51 @@ def test_video_rows_use_all_frames(
         )
 
 
+def test_ranking_by_half_of_the_prior_is_that_of_a_loop(pipe: Pipeline, home: Path) -> None:
+    how = Scoring(prior_weight=0.5)
+    spec = Ranking(dataset=DATASET, rows=30, candidates=5, scoring=how)
+    items, asked = draw_pairs(spec, pipe, home, at_least=5), pipe.inputs.about()
+    blank = pipe.inputs.blank_images(pipe.inputs.encode_images([items[0].sample.images[0]]))
+    right = 0
+    for row, chosen in enumerate(draw_candidates(30, 5, 0)):
+        texts = [items[c].sample.text for c in chosen]
+        given = pipe.score_answers(asked, list(items[row].sample.images), texts)
+        prior = pipe.score_answers(asked, blank, texts)
+        scores = [a.loglik - 0.5 * b.loglik for a, b in zip(given, prior, strict=True)]
+        right += scores.index(max(scores)) == 0
+        best = pipe.rank_answers(asked, list(items[row].sample.images), texts, scoring=how)[0]
+        assert best.score == pytest.approx(max(scores), abs=1e-4)
+    assert spec.run(pipe, home).metrics["ranking.accuracy"] == pytest.approx(right / 30)
+
+
+def test_ranking_by_the_mean_prior_of_other_images_is_that_of_a_loop(
+    pipe: Pipeline, home: Path, tmp_path: Path
+) -> None:
+    others = keep(tmp_path, [pair(f"o{i}", s.images[0], f"o {i}") for i, s in enumerate(shapes(3))])
+    spec = Ranking(dataset=DATASET, rows=20, candidates=5, prior_images=others, prior_rows=3)
+    assert spec.datasets == (DATASET, others)
+    references = spec.references(pipe, home)
+    assert sorted(references) == sorted(s.images[0] for s in shapes(3))
+    items, asked, right = draw_pairs(spec, pipe, home, at_least=5), pipe.inputs.about(), 0
+    for row, chosen in enumerate(draw_candidates(20, 5, 0)):
+        texts = [items[c].sample.text for c in chosen]
+        nats_RC = [
+            [answer.loglik for answer in pipe.score_answers(asked, [image], texts)]
+            for image in (items[row].sample.images[0], *references)
+        ]
+        scores = [own - sum(prior) / 3 for own, *prior in zip(*nats_RC, strict=True)]
+        right += scores.index(max(scores)) == 0
+    assert spec.run(pipe, home).metrics["ranking.accuracy"] == pytest.approx(right / 20)
+    with pytest.raises(SpecError, match=r"ranking\.prior_rows: .* Got 0; expected"):
+        Ranking(dataset=DATASET, prior_rows=0)
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_weight_of_the_prior_is_above_0(weight: float) -> None:
+    with pytest.raises(SpecError, match=r"scoring\.prior_weight: .* Got .* expected"):
+        Scoring(prior_weight=weight)
+
+
 def test_ranking_by_the_mean_over_tokens_is_that_of_a_loop(
     pipe: Pipeline, home: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -42,6 +43,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LABELS = "labels:"
+SHORT = 256  # characters of a text whose ids are remembered
 INSTRUCTION_TOKENS = 128  # InstructBLIP's limit for the Q-Former; a longer text keeps its end
 # a tokenizer holds "parse special tokens" as state, which two threads of a server must not change
 # at once
@@ -145,11 +147,17 @@ def _cut(length: int, ends: list[int], places: list[_Place], max_tokens: int) ->
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool) -> list[int]:
     """Return the ids of a text without added tokens.
 
-    In `literal` text, special tokens are encoded as plain text.
+    In `literal` text, special tokens are encoded as plain text. Short texts are remembered, because
+    templates, questions and the captions of a small dataset are read again and again.
 
     Raises BadSample for half of a surrogate pair, which JSON can contain and tokenizers cannot
     read.
     """
+    read = _short if len(text) <= SHORT else _read
+    return list(read(text, tokenizer, literal))
+
+
+def _read(text: str, tokenizer: PreTrainedTokenizerBase, literal: bool) -> tuple[int, ...]:
     with _lock:
         if text.startswith(" ") and _adds_space(tokenizer):
             text = text[1:]
@@ -161,7 +169,10 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, literal: bool) ->
             raise BadSample(
                 Reason.BAD_ROW, "a text contains half of a surrogate pair, not a character"
             ) from None
-    return ids
+    return tuple(ids)
+
+
+_short = lru_cache(maxsize=32_768)(_read)
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,6 +163,16 @@ class EvalRows(Protocol):
     def prompts(self) -> tuple[str, ...]: ...
     @property
     def seed(self) -> int: ...
+
+
+class RowsOf(NamedTuple):
+    """Rows of a second dataset of an evaluation, as `EvalRows`."""
+
+    name: str
+    dataset: str
+    rows: int
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from bridgework.evaluation.base import (
     EvalExample,
     EvalRows,
     Result,
+    RowsOf,
     build_result,
     draw,
     draw_pairs,
@@ -111,7 +112,7 @@ class Shots:
         """
         name, prompts = evaluation.name, evaluation.prompts
         dataset = evaluation.dataset if self.support is None else self.support
-        rows = _SupportRows(name, dataset, self.rows, prompts, self.seed)
+        rows = RowsOf(name, dataset, self.rows, prompts, self.seed)
         support = support_of(pipeline, draw(rows, pipeline, home), prompts)
         queries = [_single_picture(pipeline, sample, name) for sample in samples]
         chosen = self.choose(pipeline, queries, support.pictures, name)
@@ -158,16 +159,6 @@ class Shots:
             free = [i for i in range(len(pictures)) if i not in same]
             chosen.append(random.Random(f"{self.seed}:{row}").sample(free, self.examples))
         return chosen
-
-
-class _SupportRows(NamedTuple):
-    """Rows of the support, as `EvalRows` for `draw`."""
-
-    name: str
-    dataset: str
-    rows: int
-    prompts: tuple[str, ...]
-    seed: int
 
 
 def support_of(

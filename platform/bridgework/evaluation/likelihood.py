@@ -22,8 +22,10 @@ from bridgework.evaluation.base import (
     Better,
     EvalExample,
     Result,
+    RowsOf,
     build_result,
     draw,
+    draw_images,
     draw_pairs,
 )
 from bridgework.evaluation.figures import Choice, FigureTile, grid
@@ -33,7 +35,7 @@ from bridgework.system import Layout, Scoring
 if TYPE_CHECKING:
     from bridgework.data.samples import Part
     from bridgework.inference.pipeline import Pipeline, Score
-    from bridgework.inference.preprocess import EncodedImage
+    from bridgework.inference.preprocess import EncodedImage, ImageFile, ImageInput
 
 FIGURE_ROWS = 12
 FIGURE_CAPTIONS = 3  # per row, and the right caption
@@ -117,9 +119,10 @@ class Ranking:
     """Share of rows whose own caption is ranked first of `candidates` captions.
 
     The other candidates are captions of other rows. `accuracy` ranks by `scoring`: by default the
-    log-likelihood minus the prior, which is the log-likelihood given a blank image.
-    `accuracy_without_prior` ranks by the plain log-likelihood, which favors short and common
-    captions. The figure shows the best candidates.
+    log-likelihood minus the prior. The prior is the log-likelihood given a blank image, or its mean
+    over `prior_rows` images of the dataset `prior_images`, for example of training images: they are
+    of the kind that the model knows. `accuracy_without_prior` ranks by the plain log-likelihood,
+    which favors short and common captions. The figure shows the best candidates.
     """
 
     better: ClassVar[Better] = {
@@ -134,8 +137,15 @@ class Ranking:
     prompts: tuple[str, ...] = ()  # questions for pairs; empty: the stage's own
     seed: int = 0
     scoring: Scoring = added(default=Scoring(prior=True))
+    prior_images: str | None = added(default=None)  # a dataset; None: a blank image
+    prior_rows: int = added(default=4)
 
     def __post_init__(self) -> None:
+        if self.prior_rows < 1:
+            raise SpecError(
+                f"{self.name}.prior_rows: the prior is a mean over images. Got {self.prior_rows}; "
+                "expected at least 1"
+            )
         if not 2 <= self.candidates <= self.rows:
             raise SpecError(
                 f"{self.name}.candidates: the wrong ones are captions of other rows. "
@@ -146,15 +156,37 @@ class Ranking:
         """Return a copy with at most 16 synthetic rows and 4 candidates."""
         rows = min(self.rows, 16)
         return replace(
-            self, dataset="synthetic:shapes", rows=rows, candidates=min(self.candidates, 4, rows)
+            self,
+            dataset="synthetic:shapes",
+            rows=rows,
+            candidates=min(self.candidates, 4, rows),
+            prior_images=None if self.prior_images is None else "synthetic:shapes",
         )
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Datasets that the evaluation reads."""
+        return (self.dataset,) if self.prior_images is None else (self.dataset, self.prior_images)
+
+    def references(self, pipeline: "Pipeline", home: Path) -> "list[ImageFile]":
+        """Return the images whose mean likelihood is the prior; none: it is that of a blank image.
+
+        Raises DataError if the dataset has no row of one image.
+        """
+        if self.prior_images is None:
+            return []
+        drawn = RowsOf(self.name, self.prior_images, self.prior_rows, seed=self.seed)
+        return [row.sample.images[0] for row in draw_images(drawn, pipeline, home)]
 
     def run(self, pipeline: "Pipeline", home: Path) -> Result:
         """Rank the captions. Raises DataError for a dataset with fewer captions than candidates."""
         examples = draw_pairs(self, pipeline, home, at_least=self.candidates)
         captions_RC = draw_candidates(len(examples), self.candidates, self.seed)
         question = self.prompts[0] if self.prompts else None
-        score_RC, loglik_RC = _score(pipeline, examples, captions_RC, question, self.scoring)
+        references = self.references(pipeline, home) if self.scoring.prior else []
+        score_RC, loglik_RC = _score(
+            pipeline, examples, captions_RC, question, self.scoring, references
+        )
         rows = EvaluatedRows.of([example.sample for example in examples])
         values: dict[str, float | RowValues] = {
             "accuracy": rows.values(first_is_best(score_RC)),
@@ -212,8 +244,9 @@ def _score(
     captions_RC: NDArray[np.int64],
     question: str | None,
     scoring: Scoring,
+    references: "Sequence[ImageInput]",
 ) -> tuple[Tensor, Tensor]:
-    """Return (R, C) scores and (R, C) nats.
+    """Return (R, C) scores and (R, C) nats; without `references`, the prior is of a blank image.
 
     Every image goes through the vision tower once, and so does the blank image.
     """
@@ -221,8 +254,10 @@ def _score(
     pictures = [pipeline.inputs.pictures(example.sample)[0] for example in examples]
     images = pipeline.inputs.encode_images(pictures)
     priors = dict[Layout | None, Tensor]()  # of all captions, per layout of the images
-    if scoring.prior:
-        like = {image.layout: image for image in images}
+    like = {image.layout: image for image in images}
+    if scoring.prior and references:
+        priors = dict.fromkeys(like, pipeline.log_prior(texts, question, references))
+    elif scoring.prior:
         blanks = pipeline.inputs.blank_images(list(like.values()))
         priors = {blank.layout: pipeline.log_prior(texts, question, [blank]) for blank in blanks}
     conversation = pipeline.inputs.about(question)

@@ -198,9 +198,11 @@ QUICK_DATA = Mixture(
     sources=QUICK_PAIRS, alpha=0.5, template="plain", max_tokens=96, lanes=16, window=20
 )
 QUICK_HELD_OUT = HeldOutLoss(name="heldout", dataset="examples/data/heldout_concepts", rows=64)
+# The weight was chosen on heldout_clipart, which the final evaluation does not read: docs/log.md.
+QUICK_SCORING = Scoring(prior_weight=0.7)
 QUICK_RANKING = Ranking(
     name="ranking", dataset="examples/data/heldout_style", candidates=20, rows=40,
-    scoring=Scoring(prior=False),
+    scoring=QUICK_SCORING, prior_images="examples/data/clipart",
 )  # fmt: skip
 QUICK_CONTRAST = Contrastive(temperature=0.04)
 CPU = ZeRO(stage=0, precision="fp32")  # many CPUs have no fast bfloat16
@@ -235,12 +237,12 @@ def quickstart() -> System:
         trains={"bridge.*": 0.01, "language.*lora_*": 1.0},
         losses=(LanguageModeling(), QUICK_CONTRAST),
         data=replace(QUICK_DATA, lanes=2, packing=Packing(tokens=192)),
-        budget=Budget(steps=220, batch=32, micro=32),
+        budget=Budget(steps=190, batch=32, micro=32),
         optim=AdamW(peak_lr=1.5e-3),
         starts_from="warm",
         zero=CPU,
         evals=(QUICK_HELD_OUT,),
-        scoring=Scoring(prior=False),
+        scoring=QUICK_SCORING,
     )
     instruct = replace(
         align,
@@ -249,6 +251,6 @@ def quickstart() -> System:
         budget=Budget(steps=40, batch=16, micro=16),
         optim=AdamW(peak_lr=3e-4),
         starts_from="align",
-        evals=(QUICK_HELD_OUT, QUICK_RANKING),
+        evals=(QUICK_RANKING,),
     )
     return System(name="llava", paper="arXiv:2304.08485", stages=(warm, align, instruct))

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from bridgework.errors import SpecError, suggest
 from bridgework.evaluation.base import Figure, Result
 from bridgework.evaluation.statistics import Difference, difference
 from bridgework.inference.pipeline import Pipeline
-from bridgework.inference.preprocess import Inputs
+from bridgework.inference.preprocess import RememberingInputs
 from bridgework.mixture import Mixture, Source
 from bridgework.system import Stage, System
 from bridgework.training import run_dir
@@ -243,7 +242,7 @@ class MixtureSearch:
         """A pipeline of the first source's model that keeps the features of a frozen tower."""
         pipeline = self._load(self.of_source(0))
         if not any(key.startswith("vision.") for key in self._differing):
-            pipeline.inputs = _CachedInputs(pipeline.model, pipeline.stage)
+            pipeline.inputs = RememberingInputs(pipeline.model, pipeline.stage)
         return pipeline
 
     def _evaluated(self, artifact: Path) -> Result:
@@ -414,26 +413,6 @@ class MixtureSearch:
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _CachedInputs(Inputs):
-    """Inputs that remember the features of a frozen tower by their pixels."""
-
-    def __init__(self, model: Any, stage: Stage) -> None:
-        super().__init__(model, stage)
-        self._known = dict[bytes, Tensor]()
-
-    def _features(self, squares: Sequence[NDArray[np.uint8]]) -> Tensor:
-        keys = [
-            hashlib.sha256(np.ascontiguousarray(square).tobytes()).digest() for square in squares
-        ]
-        missing = {k: s for k, s in zip(keys, squares, strict=True) if k not in self._known}
-        if missing or not squares:
-            computed = super()._features(list(missing.values()))
-            if not squares:
-                return computed
-            self._known |= dict(zip(missing, computed, strict=True))
-        return torch.stack([self._known[key] for key in keys])
 
 
 def sum_of(tensors: Sequence[Tensor], weights: Weights) -> Tensor:
