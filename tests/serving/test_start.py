@@ -32,14 +32,19 @@ from bridgework.errors import (
 from bridgework.serving import app as apps
 from bridgework.serving import launch
 from bridgework.serving.auth import VARIABLE
+from bridgework.serving.gateway import Gateway
 from bridgework.serving.models import Replica, record_deployment, resolve_model
 from bridgework.serving.options import Options, parse_options
+from bridgework.serving.routes import caption_routes
 from tests.serving.support import ENDLESS
 
 
-def test_replica_on_a_node_with_another_version_is_refused_before_it_loads_anything() -> None:
-    with pytest.raises(RunError, match=r"another version of bridgework.*expected 0\.0\.0"):
-        Replica("nowhere", Options(model="llava"), "0.0.0")
+def test_replica_and_gateway_on_a_node_with_another_version_end_before_they_load() -> None:
+    options, refusal = Options(model="llava"), r"another version of bridgework.*expected 0\.0\.0"
+    with pytest.raises(RunError, match=refusal):
+        Replica("nowhere", options, "0.0.0")
+    with pytest.raises(RunError, match=refusal):
+        Gateway("caption", "0.0.0", caption_routes, options, None, [])
 
 
 def test_gateway_starts_without_torch_and_mlflow() -> None:
