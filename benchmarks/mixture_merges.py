@@ -51,8 +51,13 @@ def sources(home: Path) -> tuple[Source, ...]:
     found = []
     for name, (dataset, belongs) in PARTS.items():
         rows = [sample for sample in open_dataset(str(DATA / dataset)).samples() if belongs(sample)]
-        about = {"source": dataset, "license": "see examples/data", "made_by": __name__}
-        write(rows, str(home / "datasets" / name), **about)
+        write(
+            rows,
+            str(home / "datasets" / name),
+            source=dataset,
+            license="see examples/data",
+            made_by="benchmarks.mixture_merges",
+        )
         found.append(Source(name=name, dataset=name))
         print(f"{name}: {len(rows)} rows", flush=True)
     return tuple(found)

@@ -21,7 +21,7 @@ from bridgework.config import override
 from bridgework.inference.pipeline import Pipeline
 from bridgework.inference.preprocess import RememberingInputs
 from bridgework.storage import write_atomic
-from bridgework.system import load
+from bridgework.system import EvalSpec, load
 from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
 from examples.quickstart import CONCEPT_EVALUATIONS, ROWS, STYLE_EVALUATIONS
@@ -53,7 +53,7 @@ def figures(home: Path, seed: int, stage: str) -> dict[str, float]:
     if not file.exists():
         pipeline = Pipeline.load(results[stage].artifact)
         pipeline.inputs = RememberingInputs(pipeline.model, pipeline.stage)
-        specs = [*STYLE_EVALUATIONS, *CONCEPT_EVALUATIONS]
+        specs: list[EvalSpec] = [*STYLE_EVALUATIONS, *CONCEPT_EVALUATIONS]
         # `warm` trains no language model, so its likelihoods are those of an untrained wiring
         specs = [e for e in specs if stage != "warm" or "retrieval" in e.name]
         found = {k: v for spec in specs for k, v in spec.run(pipeline, home).metrics.items()}

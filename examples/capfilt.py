@@ -27,7 +27,6 @@ from examples.report import Report, console, lines, percent, run, shown
 
 THRESHOLD = -2.0  # logit of the filter; 0 is a probability of one half
 SHOWN, SEED = 6, 0  # flags of each kind on the picture
-ABOUT = {"source": "flags", "license": "CC0-1.0", "made_by": "examples.capfilt"}
 HEADS = ("kept", "dropped")
 
 
@@ -73,7 +72,13 @@ def plant(folder: Path) -> tuple[list[Sample], set[str]]:
     web, wrong = swapped(flags[half:])
     for name, samples in (("true", flags[:half]), ("web", web)):
         if not (folder / name / "manifest.json").exists():
-            write(samples, str(folder / name), **ABOUT)
+            write(
+                samples,
+                str(folder / name),
+                source="flags",
+                license="CC0-1.0",
+                made_by="examples.capfilt",
+            )
     console.print(f"{half} true pairs to learn from, {len(web)} pairs to filter")
     return web, wrong
 
