@@ -9,6 +9,7 @@ filter and keeps those above a threshold. The report (capfilt.html and .png) sho
 captions, drawn by a fixed seed. `python -m benchmarks.capfilt` compares thresholds.
 """
 
+import argparse
 import random
 import shutil
 from collections.abc import Mapping
@@ -138,4 +139,7 @@ def draw_report(home: Path, rows: list[list[str]], found: list[Card]) -> list[Pa
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     run("capfilt", main)

@@ -7,6 +7,7 @@ its shards. The results are printed, drawn (quickstart.png, quickstart.html) and
 parts.
 """
 
+import argparse
 import math
 import os
 import random
@@ -465,4 +466,7 @@ def conclude(report: Report) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     run("quickstart", main)
