@@ -51,10 +51,13 @@ IMAGES = 8
 SIDE = 336  # pixels of an image that a client sends
 READY_S = 300.0  # time for a server to start
 TIMEOUT_S = 300.0  # for one answer
+WIDTH = 180  # of tables that are not printed to a terminal
 QUESTIONS = ("What is in the picture?", "Which colors do you see?", "Is there a person?",
              "What is on the left side of the picture, and what is on the right?")  # fmt: skip
 
 console = Console()
+if not console.is_terminal:
+    console.width = WIDTH
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,7 @@ def compare(servers: Sequence[Server], arguments: argparse.Namespace) -> list[di
                 )
                 row = {"server": server.name, "clients": clients, "repeat": repeat}
                 rows.append(row | measured.row())
-                console.print(json.dumps(rows[-1]))
+                console.print(json.dumps(rows[-1]), soft_wrap=True)
     return rows
 
 
