@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations
+from math import nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from bridgework.curation import CapFilt
 from bridgework.data.dataset import open_dataset, write
 from bridgework.data.samples import Sample, pair
 from bridgework.data.synthetic import COLORS
+from bridgework.errors import DataError
 from bridgework.system import Source, System, load
 from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
@@ -76,7 +78,7 @@ class Found(NamedTuple):
 
     threshold: float
     kept: int
-    precision: float
+    precision: float  # nan if nothing is kept
     recall: float
 
 
@@ -101,7 +103,13 @@ def found(home: Path, steps: int) -> Iterator[Found]:
     }
     for threshold in THRESHOLDS:
         spec = replace(SPEC, sources=(str(home / "web"),), threshold=threshold)
-        spec.run(models, dest, home=home, say=lambda text: None)
+        try:
+            spec.run(models, dest, home=home, say=lambda text: None)
+        except DataError as error:
+            if "keeps nothing" not in str(error):
+                raise
+            yield Found(threshold, 0, nan, 0.0)
+            continue
         rows = open_dataset(dest).samples()
         kept = {s.provenance["capfilt.key"] for s in rows if s.provenance["capfilt.kept"] == "web"}
         shutil.rmtree(dest)  # the scores, in a folder next to it, are reused

@@ -16,28 +16,35 @@ from collections.abc import Sequence
 
 PYTHON = (sys.executable, "-c")
 CLI = (sys.executable, "-m", "bridgework.cli")
+WRONG = "a wrong"  # commands that must fail
 COMMANDS: dict[str, tuple[str, ...]] = {
     "import torch": (*PYTHON, "import torch"),
     "import bridgework": (*PYTHON, "import bridgework"),
     "--help": (*CLI, "--help"),
-    "a wrong command": (*CLI, "trian"),
-    "a wrong system": (*CLI, "train", "lava"),
-    "a wrong path": (*CLI, "train", "llava", "--set", "stages.align.optim.peek_lr=1"),
+    f"{WRONG} command": (*CLI, "trian"),
+    f"{WRONG} system": (*CLI, "train", "lava"),
+    f"{WRONG} path": (*CLI, "train", "llava", "--set", "stages.align.optim.peek_lr=1"),
     "systems": (*CLI, "systems"),
     "show clip": (*CLI, "show", "clip"),
     "show llava": (*CLI, "show", "llava"),
 }
 
 
-def cpu_seconds(command: Sequence[str], home: str) -> float:
-    """User and system time of one run, children included."""
+def cpu_seconds(name: str, command: Sequence[str], home: str) -> float:
+    """Return user and system time of one run, with its children.
+
+    Raises RuntimeError if it ended otherwise than expected: what fails early is fast.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
+    done = subprocess.run(
         command,
         env={"PATH": "/usr/bin:/bin", "BRIDGEWORK_HOME": home, "OMP_NUM_THREADS": "1"},
         capture_output=True,
+        text=True,
         check=False,
     )
+    if bool(done.returncode) is not name.startswith(WRONG):
+        raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -51,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         for _ in range(given.rounds + 1):  # the first round warms the disk's cache
             for name, command in COMMANDS.items():
-                times[name].append(cpu_seconds(command, home))
+                times[name].append(cpu_seconds(name, command, home))
     figures = {name: statistics.median(found[1:]) for name, found in times.items()}
     if given.json:
         print(json.dumps(figures, indent=1))

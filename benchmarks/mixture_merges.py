@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -46,24 +47,31 @@ PARTS: dict[str, tuple[str, Callable[[Sample], bool]]] = {
 }
 
 
-def sources(home: Path) -> tuple[Source, ...]:
-    """Write the five datasets under the home."""
+def sources(home: Path, most: int | None) -> tuple[Source, ...]:
+    """Write the five datasets under the home, unless they exist; each of at most `most` rows."""
     found = []
     for name, (dataset, belongs) in PARTS.items():
-        rows = [sample for sample in open_dataset(str(DATA / dataset)).samples() if belongs(sample)]
-        about = {"source": dataset, "license": "see examples/data", "made_by": __name__}
-        write(rows, str(home / "datasets" / name), **about)
-        found.append(Source(name=name, dataset=name))
-        print(f"{name}: {len(rows)} rows", flush=True)
+        place = home / "datasets" / (name if most is None else f"{name}-{most}")
+        if not (place / "manifest.json").exists():
+            samples = open_dataset(str(DATA / dataset)).samples()
+            write(
+                islice(filter(belongs, samples), most),
+                str(place),
+                source=dataset,
+                license="see examples/data",
+                made_by="benchmarks.mixture_merges",
+            )
+        found.append(Source(name=name, dataset=place.name))
+        print(f"{name}: {len(open_dataset(str(place)))} rows", flush=True)
     return tuple(found)
 
 
-def system(home: Path, steps: int) -> System:
+def system(home: Path, steps: int, rows: int | None) -> System:
     base = load("llava:quickstart")
     warm = base["warm"]
     warm = replace(
         warm,
-        data=replace(warm.data, sources=sources(home)),
+        data=replace(warm.data, sources=sources(home, rows)),
         evals=(Retrieval(name="retrieval", dataset=str(DATA / "heldout_concepts")),),
     )
     stages = (override(warm, {"budget.steps": steps}), *base.stages[1:])
@@ -74,13 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mixtures", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, help="of each source, at most; to try it")
     parser.add_argument("--home", type=Path, help="Keep the runs here, and reuse finished ones.")
     given = parser.parse_args()
     home = given.home or Path(tempfile.mkdtemp(prefix="bw-merges-"))
     options = RunOptions(workers=0, threads=1, features="cached")
     try:
         search = MixtureSearch(
-            system(home, given.steps),
+            system(home, given.steps, given.rows),
             "warm",
             home=home,
             run="merges",

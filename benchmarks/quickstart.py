@@ -21,7 +21,7 @@ from bridgework.config import override
 from bridgework.inference.pipeline import Pipeline
 from bridgework.inference.preprocess import RememberingInputs
 from bridgework.storage import write_atomic
-from bridgework.system import load
+from bridgework.system import EvalSpec, load
 from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
 from examples.quickstart import CONCEPT_EVALUATIONS, ROWS, STYLE_EVALUATIONS
@@ -36,10 +36,12 @@ SHARES = {
 NATS = {"loss": "heldout.loss", "gap": "heldout.gap"}  # new concepts
 
 
-def figures(home: Path, seed: int, stage: str) -> dict[str, float]:
+def figures(home: Path, seed: int, stage: str, steps: int | None) -> dict[str, float]:
     """Return the figures of a stage trained with `seed`, and of its evaluations."""
     system = override(load("llava:quickstart"), {"stages.*.seed": seed})
     run = f"quickstart-seed-{seed}"
+    if steps is not None:
+        system, run = override(system, {"stages.*.budget.steps": steps}), f"{run}-{steps}-steps"
     until = [s.name for s in system.stages]
     results = train(
         system,
@@ -53,7 +55,7 @@ def figures(home: Path, seed: int, stage: str) -> dict[str, float]:
     if not file.exists():
         pipeline = Pipeline.load(results[stage].artifact)
         pipeline.inputs = RememberingInputs(pipeline.model, pipeline.stage)
-        specs = [*STYLE_EVALUATIONS, *CONCEPT_EVALUATIONS]
+        specs: list[EvalSpec] = [*STYLE_EVALUATIONS, *CONCEPT_EVALUATIONS]
         # `warm` trains no language model, so its likelihoods are those of an untrained wiring
         specs = [e for e in specs if stage != "warm" or "retrieval" in e.name]
         found = {k: v for spec in specs for k, v in spec.run(pipeline, home).metrics.items()}
@@ -82,6 +84,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--stages", nargs="+", default=["instruct"], help="stages to evaluate")
+    parser.add_argument("--steps", type=int, help="of every stage, to try it")
     parser.add_argument("--home", type=Path, default=Path(".bridgework"), help="folder of the runs")
     args = parser.parse_args()
     args.home.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,7 @@ def main() -> None:
     for stage in args.stages:
         found = []
         for seed in range(args.seeds):
-            found.append(figures(args.home.absolute(), seed, stage))
+            found.append(figures(args.home.absolute(), seed, stage, args.steps))
             print(row(f"{stage}, {seed}", found[-1:]), flush=True)
         if len(found) > 1:
             print(row(f"{stage}, mean", found), flush=True)

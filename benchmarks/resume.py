@@ -37,6 +37,7 @@ from bridgework.training import checkpoint
 
 PLACES = (0.0, 0.1, 0.5, 0.9)  # of an epoch
 WORLDS = (1, 2, 3, 4, 1)
+WIDTH = 120  # of a table that is not printed to a terminal
 
 Resume = Callable[[int], Iterator[Any]]  # from a step on
 
@@ -182,6 +183,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     store = Store("clipart", 2_048) if given.quick else Store("photos", 2_048)
     rounds = given.rounds or (2 if given.quick else 7)
     epoch = elastic(Store("clipart", store.rows))

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,10 +51,13 @@ IMAGES = 8
 SIDE = 336  # pixels of an image that a client sends
 READY_S = 300.0  # time for a server to start
 TIMEOUT_S = 300.0  # for one answer
+WIDTH = 180  # of tables that are not printed to a terminal
 QUESTIONS = ("What is in the picture?", "Which colors do you see?", "Is there a person?",
              "What is on the left side of the picture, and what is on the right?")  # fmt: skip
 
 console = Console()
+if not console.is_terminal:
+    console.width = WIDTH
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,11 @@ class Measured:
 def write_weights(folder: Path, depth: int) -> None:
     """Write an artifact of a LLaVA whose language model has `depth` of SmolLM2's 30 layers."""
     quick = load("llava:quickstart")["instruct"]
-    pretrained = depth == quick.model.language.depth
-    language = quick.model.language if pretrained else replace(
-        quick.model.language, depth=depth, weights=None
-    )  # fmt: skip
+    assert isinstance(quick.model, PrefixVLMConfig)
+    language = quick.model.language
+    pretrained = depth == language.depth
+    if not pretrained:
+        language = replace(language, depth=depth, weights=None)
     vision = ViTConfig(image_size=224, patch=16, width=384, depth=6, heads=6, ffn=1536, layer=-2)
     model = PrefixVLMConfig(vision=vision, bridge=MLPConfig(), language=language)
     stage = replace(quick, model=model, starts_from=None, trains={"bridge.*": 1.0}, evals=(),
@@ -312,7 +316,7 @@ def compare(servers: Sequence[Server], arguments: argparse.Namespace) -> list[di
                 )
                 row = {"server": server.name, "clients": clients, "repeat": repeat}
                 rows.append(row | measured.row())
-                console.print(json.dumps(rows[-1]))
+                console.print(json.dumps(rows[-1]), soft_wrap=True)
     return rows
 
 
@@ -568,7 +572,7 @@ def main() -> None:
         log = Path(folder) / "bridgework.log"
         with running("bridgework", command, model, log) as server:
             asyncio.run(load_server(server, 2, 2, 4, seed=99))  # warm
-            work = {
+            work: Callable[[], Coroutine[None, None, dict[str, Any]]] = {
                 "known": lambda: known_image(server, 12),
                 "kill": lambda: kill_replica(server, 8, 64),
                 "soak": lambda: soak(server, arguments.minutes, 8),

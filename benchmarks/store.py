@@ -148,8 +148,15 @@ def serve(shards: int, latency_s: float) -> str:
 
     rows = list(shapes())[:4]
     with tempfile.TemporaryDirectory() as folder:
-        about = {"source": "synthetic:shapes", "license": "CC0-1.0", "made_by": "benchmarks.store"}
-        write(rows, f"{folder}/one", group_rows=4, shard_rows=4, **about)
+        write(
+            rows,
+            f"{folder}/one",
+            source="synthetic:shapes",
+            license="CC0-1.0",
+            made_by="benchmarks.store",
+            group_rows=4,
+            shard_rows=4,
+        )
         one = read_manifest(f"{folder}/one")
         FakeStore.shard = Path(folder, "one", one.shards[0].file).read_bytes()
     listed = tuple(replace(one.shards[0], file=f"shard-{n:05d}.parquet") for n in range(shards))

@@ -35,11 +35,16 @@ BATCH = 500  # systems that are inserted at a time
 def record(home: Path) -> tuple[MLflowTracker, list[str], list[str]]:
     """Record one system; returns the tracker, the ids to replace, and those of the datasets."""
     tracker = MLflowTracker(None, home, "bridgework")
-    about = {"source": "here", "license": "CC0-1.0", "made_by": "benchmark"}
     datasets = []
     for seed in (1, 2):
         path = home / "datasets" / f"set-{seed}"
-        manifest = write(shapes(rows=64, seed=seed), str(path), **about)
+        manifest = write(
+            shapes(rows=64, seed=seed),
+            str(path),
+            source="here",
+            license="CC0-1.0",
+            made_by="benchmarks.trace",
+        )
         datasets.append(DatasetInput(path.name, manifest.digest, str(path), manifest.rows))
     system = tracker.start("system-0", tags={"system": "llava", "run_key": "system-0"})
     ids, start = [system], ""

@@ -30,11 +30,11 @@ from bridgework.system import Stage, System, load
 from bridgework.tracking.tracker import Journal
 from bridgework.training.engine import learning_rate
 
-STEPS, WARM = 40, 10  # steps of a run; the first WARM are not counted
+STEPS = 40  # of a run; the first quarter is not counted
 THREADS = 1  # of torch, on both sides
 
 
-def system() -> System:
+def system(steps: int = STEPS) -> System:
     """Return a small LLaVA whose step takes a large part of a second on one core."""
     changes = {
         "stages.*.model.vision.image_size": 64,
@@ -42,7 +42,7 @@ def system() -> System:
         "stages.*.model.language.width": 256,
         "stages.*.model.language.depth": 6,
         "stages.*.model.language.ffn": 1024,
-        "stages.*.budget.steps": STEPS,
+        "stages.*.budget.steps": steps,
         "stages.*.budget.batch": 16,
         "stages.*.budget.micro": 16,
     }
@@ -94,7 +94,7 @@ def ours(built: System, home: Path, name: str) -> list[float]:
     from bridgework.training.driver import train
     from bridgework.training.options import RunOptions
 
-    options = RunOptions(checkpoint_every=STEPS, threads=THREADS)
+    options = RunOptions(checkpoint_every=built.stages[0].budget.steps, threads=THREADS)
     with ray_session():
         train(built, home=home, run=name, options=options, console=Console(quiet=True))
     journal = Journal(home / "runs" / name / built.stages[0].name / "journal")
@@ -104,12 +104,13 @@ def ours(built: System, home: Path, name: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=3, help="runs of both sides")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a run")
     parser.add_argument("--side", choices=("bare", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         home = Path(os.environ["BRIDGEWORK_HOME"])
-        built = system()
+        built = system(args.steps)
         name = f"bench-{time.time_ns()}"
         print(
             json.dumps(
@@ -122,6 +123,7 @@ def main() -> None:
         for _ in range(args.pairs):
             for side, found in medians.items():
                 command = [sys.executable, "-m", "benchmarks.train_step", "--side", side]
+                command += ["--steps", str(args.steps)]
                 done = subprocess.run(
                     command,
                     env={**os.environ, "BRIDGEWORK_HOME": folder},
@@ -129,7 +131,8 @@ def main() -> None:
                     text=True,
                     check=True,
                 )
-                found.append(statistics.median(json.loads(done.stdout.splitlines()[-1])[WARM:]))
+                seconds = json.loads(done.stdout.splitlines()[-1])[args.steps // 4 :]
+                found.append(statistics.median(seconds))
     ratios = [b / o for b, o in zip(medians["bare"], medians["ours"], strict=True)]
     result = {side: round(statistics.median(found), 4) for side, found in medians.items()}
     result |= {

@@ -9,6 +9,7 @@ filter and keeps those above a threshold. The report (capfilt.html and .png) sho
 captions, drawn by a fixed seed. `python -m benchmarks.capfilt` compares thresholds.
 """
 
+import argparse
 import random
 import shutil
 from collections.abc import Mapping
@@ -27,7 +28,6 @@ from examples.report import Report, console, lines, percent, run, shown
 
 THRESHOLD = -2.0  # logit of the filter; 0 is a probability of one half
 SHOWN, SEED = 6, 0  # flags of each kind on the picture
-ABOUT = {"source": "flags", "license": "CC0-1.0", "made_by": "examples.capfilt"}
 HEADS = ("kept", "dropped")
 
 
@@ -73,7 +73,13 @@ def plant(folder: Path) -> tuple[list[Sample], set[str]]:
     web, wrong = swapped(flags[half:])
     for name, samples in (("true", flags[:half]), ("web", web)):
         if not (folder / name / "manifest.json").exists():
-            write(samples, str(folder / name), **ABOUT)
+            write(
+                samples,
+                str(folder / name),
+                source="flags",
+                license="CC0-1.0",
+                made_by="examples.capfilt",
+            )
     console.print(f"{half} true pairs to learn from, {len(web)} pairs to filter")
     return web, wrong
 
@@ -133,4 +139,7 @@ def draw_report(home: Path, rows: list[list[str]], found: list[Card]) -> list[Pa
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     run("capfilt", main)

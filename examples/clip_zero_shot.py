@@ -8,6 +8,7 @@ the classes for another artist's drawings of them, and the names of clip art fol
 with new titles. No classifier is trained. The report is clip_zero_shot.html and .png.
 """
 
+import argparse
 import random
 from pathlib import Path
 
@@ -141,4 +142,7 @@ def draw_report(home: Path, rows: list[list[str]], cards: list[Card]) -> list[Pa
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     run("clip_zero_shot", main)

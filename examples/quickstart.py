@@ -7,6 +7,7 @@ its shards. The results are printed, drawn (quickstart.png, quickstart.html) and
 parts.
 """
 
+import argparse
 import math
 import os
 import random
@@ -33,12 +34,13 @@ from bridgework.errors import DataError, TrackingError
 from bridgework.evaluation import HeldOutLoss, Ranking, Retrieval
 from bridgework.inference.pipeline import Pipeline
 from bridgework.inference.preprocess import RememberingInputs
+from bridgework.models import PrefixVLMConfig
 from bridgework.ray_utils import ray_session
 from bridgework.serving import launch
 from bridgework.system import EvalSpec, Scoring, System, load
 from bridgework.tracking import lineage, lineage_views, promotion, registry
 from bridgework.tracking.mlflow_store import MLflowTracker
-from bridgework.tracking.tracker import Version
+from bridgework.tracking.tracker import CHAMPION, Version
 from bridgework.training.driver import train
 from bridgework.training.options import RunOptions
 from bridgework.tuning.search import Outcome, sweep
@@ -136,7 +138,7 @@ def run_on_ray(
     report.values |= {
         "model": champion.name,
         "version": champion.version,
-        "alias": registry.CHAMPION,
+        "alias": CHAMPION,
     }
     with report.part("judge", "the model, on drawings that it never saw", ABOUT_S["judge"]):
         figures, answered = judge(champion.artifact, report.home, held_out, chosen)
@@ -208,6 +210,7 @@ def choose(system: System, warm: StageResult, outcome: Outcome) -> System:
     metric, best = "retrieval.image_to_text_r1", outcome.rows[0]
     table = Table("", "bridge", "peak_lr", "alpha", "nearest of 300", box=None, pad_edge=False)
     stage = system["warm"]
+    assert isinstance(stage.model, PrefixVLMConfig)
     own = warm.metrics[metric]
     table.add_row(
         "recipe", "mlp", f"{stage.optim.peak_lr:.2g}", f"{stage.data.alpha:g}", percent(own, ROWS)
@@ -230,8 +233,8 @@ def choose(system: System, warm: StageResult, outcome: Outcome) -> System:
 def promote(tracker: MLflowTracker, trained: StageResult, home: Path) -> Version:
     """Register the model; it becomes champion if there is none, or if it is better by the gate."""
     version = registry.register(tracker, "llava", trained, {"run": "quickstart"})
-    known = any(registry.CHAMPION in v.aliases for v in tracker.versions("llava"))
-    if registry.CHAMPION not in tracker.version("llava", version.version).aliases:
+    known = any(CHAMPION in v.aliases for v in tracker.versions("llava"))
+    if CHAMPION not in tracker.version("llava", version.version).aliases:
         try:
             promotion.promote(
                 tracker,
@@ -241,7 +244,7 @@ def promote(tracker: MLflowTracker, trained: StageResult, home: Path) -> Version
             )
         except TrackingError as error:
             console.print(f"{error}", soft_wrap=True, markup=False)
-    champion = tracker.version("llava", registry.CHAMPION)
+    champion = tracker.version("llava", CHAMPION)
     console.print(f"champion: {champion.name} version {champion.version}")
     return champion
 
@@ -463,4 +466,7 @@ def conclude(report: Report) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     run("quickstart", main)

@@ -6,6 +6,7 @@ The models are tiny, so the times do not show speed. Needs torch, transformers, 
 deepspeed and pyarrow, not Ray; stages that train on curated data of another stage are skipped.
 """
 
+import argparse
 import os
 import tempfile
 from dataclasses import replace
@@ -71,6 +72,9 @@ def job_of(name: str, stage: Stage, home: Path) -> loop.TrainJob:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1
     )

@@ -1,6 +1,6 @@
 """Read amplification of our reader, and row groups per batch.
 
-python -m benchmarks.ingest.reading      2 minutes
+python -m benchmarks.ingest.reading      2 minutes; --quick: half a minute, the smallest files alone
 
 The real plan and reader run on a simulated dataset (a manifest, and files of one size that are
 never written); a fetch of a row group is counted instead of done. Bytes read per byte used are
@@ -110,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     heads = (
@@ -120,7 +121,8 @@ def main() -> None:
     )
     table = Table("sources", "a file", "window", *heads, box=None)
     runs = []
-    for sources, file_bytes, window in product(SOURCES, FILE_BYTES, WINDOWS):
+    sizes = FILE_BYTES[:1] if given.quick else FILE_BYTES
+    for sources, file_bytes, window in product(SOURCES, sizes, WINDOWS):
         with tempfile.TemporaryDirectory() as folder:
             full, quarter = (
                 read(Path(folder), SOURCES[sources], file_bytes, window, world) for world in (1, 4)

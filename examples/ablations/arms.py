@@ -202,9 +202,8 @@ def _bridge() -> Ablation:
 
 def _resampler() -> Ablation:
     def arm(bridge: Any, grid: int, reported: str = "", sign: Literal["+", ""] = "+") -> Arm:
-        warm = _warm(STYLE)
-        model = replace(warm.model, vision=replace(VISION, grid=grid), bridge=bridge)
-        return Arm(_system(replace(warm, model=model)), ("warm",), reported, sign)
+        changes = {"model.vision": replace(VISION, grid=grid), "model.bridge": bridge}
+        return Arm(_system(override(_warm(STYLE), changes)), ("warm",), reported, sign)
 
     resampler = ResamplerConfig(latents=4, depth=1, heads=4, head_width=32, ffn=1)
     return Ablation(
@@ -294,10 +293,11 @@ def _capfilt() -> Ablation:
     text = MEDTextConfig(
         width=64, depth=2, heads=4, ffn=128, vocab=260, context=64, dropout=0.0, tokenizer="bytes"
     )
+    model = MEDConfig(vision=VISION, text=text, tasks=("caption",), embed=64)
     clean = Source(name="clean", dataset=f"{DATA}/emoji")
     captioner = Stage(
         name="captioner",
-        model=MEDConfig(vision=VISION, text=text, tasks=("caption",), embed=64),
+        model=model,
         trains={"decoder.*": 1.0, "heads.*": 1.0},
         losses=(LanguageModeling(),),
         data=Mixture(
@@ -313,7 +313,7 @@ def _capfilt() -> Ablation:
     judge = replace(
         captioner,
         name="filter",
-        model=replace(captioner.model, tasks=("contrast", "match")),
+        model=replace(model, tasks=("contrast", "match")),
         trains={"text.*": 1.0, "heads.*": 1.0},
         losses=(Contrastive(), Matching(negatives="all", floor=0.0)),
         data=Mixture(sources=(clean,), template="caption", max_tokens=48, lanes=16),

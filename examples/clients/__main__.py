@@ -22,6 +22,7 @@ import bridgework as bw
 from bridgework import artifacts
 from bridgework.errors import RunError
 from bridgework.serving import launch
+from examples.clients.trials import Result
 from examples.report import Report, console, environment, run
 
 VARIABLE = "CLIENTS_VENV"  # its folder, if not .venv here
@@ -55,10 +56,10 @@ def tiny(folder: Path) -> str:
     return str(folder)
 
 
-def ask(python: Path, model: str, home: Path) -> list[dict[str, object]]:
+def ask(python: Path, model: str, home: Path) -> list[Result]:
     """Serve the model and run the trials in the libraries' environment. Raises RunError."""
-    options = {"model": model, "dev": True, "home": str(home), "cpus": 0.5}
-    with bw.serve("chat", port=launch.free_port(), **options) as endpoint:
+    port = launch.free_port()
+    with bw.serve("chat", port=port, model=model, dev=True, home=str(home), cpus=0.5) as endpoint:
         url = f"{endpoint.address}/v1"
         served = httpx.get(f"{url}/models", trust_env=False).json()["data"][0]["id"]
         command = [str(python), str(TRIALS), "--url", url, "--model", served]

@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 TOKENS = 6  # of an answer
 SHORT: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0}
@@ -37,6 +37,15 @@ class Target:
 
 
 Trial = Callable[[Target], object]
+
+
+class Result(TypedDict):
+    """Outcome of one trial, as a line of JSON has it."""
+
+    library: str
+    trial: str
+    passed: bool
+    detail: str  # the answer, or the exception
 
 
 def picture() -> str:
@@ -106,7 +115,7 @@ def openai_stream_helper(target: Target) -> object:
 def openai_async(target: Target) -> object:
     from openai import AsyncOpenAI
 
-    async def several() -> list[str]:
+    async def several() -> list[str | None]:
         how = {"model": target.model, "messages": target.messages} | SHORT
         async with AsyncOpenAI(base_url=target.url, api_key=target.key, max_retries=0) as client:
             calls = [client.chat.completions.create(**how) for _ in range(4)]
@@ -329,9 +338,9 @@ TRIALS: Mapping[str, Mapping[str, Trial]] = {
 }
 
 
-def results(target: Target, libraries: list[str]) -> list[dict[str, Any]]:
+def results(target: Target, libraries: list[str]) -> list[Result]:
     """Run the trials of some libraries; a failure is a result too."""
-    found = []
+    found: list[Result] = []
     for library in libraries:
         for name, trial in TRIALS[library].items():
             try:

@@ -102,8 +102,8 @@ def ask_endpoint(python: Path, model: str, folder: Path, home: Path) -> Answers:
     """Serve the model, and let lmms-eval send the questions to it. Raises RunError."""
     out = folder / "lmms-eval"
     shutil.rmtree(out, ignore_errors=True)
-    options = {"model": model, "dev": True, "home": str(home), "cpus": 0.5}
-    with bw.serve("chat", port=launch.free_port(), **options) as endpoint:
+    port = launch.free_port()
+    with bw.serve("chat", port=port, model=model, dev=True, home=str(home), cpus=0.5) as endpoint:
         url = f"{endpoint.address}/v1"
         served = httpx.get(f"{url}/models", trust_env=False).json()["data"][0]["id"]
         words = [
@@ -180,7 +180,7 @@ def writing(form: str) -> list[str]:
 
 def task(form: str) -> dict[str, Any]:
     """Return the task file of a form; a function is its name."""
-    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
     loader.add_constructor("!function", lambda _, node: node.value)
     with (TASKS / f"drawings_{form}.yaml").open() as file:
         return dict(yaml.load(file, loader))
