@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ CONCEPT_EVALUATIONS = (
 DRAWINGS, SEED, CANDIDATES = 12, 0, 20
 ABOUT_S = {  # on 2 idle cores
     "verify": 5,
-    "warm": 110,
-    "sweep": 95,
-    "align": 315,
-    "instruct": 90,
+    "warm": 105,
+    "sweep": 85,
+    "align": 270,
+    "instruct": 75,
     "judge": 145,
     "serve": 20,
 }
@@ -100,13 +101,13 @@ class Answered:
         return Card(self.sample.images[0], self.sample.text, [*top, near])
 
 
-def main(report: Report) -> None:
+def main(report: Report, seed: int) -> None:
     with report.part("verify", "the shards in examples/data", ABOUT_S["verify"]):
         held_out = check_shards()
         chosen = random.Random(SEED).sample(held_out, DRAWINGS)
     tracker = MLflowTracker(None, report.home, "quickstart")
     with ray_session():
-        run_on_ray(tracker, report, held_out, chosen)
+        run_on_ray(tracker, report, seed, held_out, chosen)
     response = report.values["response"]
     report.values["trace"] = f"bridgework trace {response}"
     console.print()
@@ -117,10 +118,14 @@ def main(report: Report) -> None:
 
 
 def run_on_ray(
-    tracker: MLflowTracker, report: Report, held_out: list[Sample], chosen: list[Sample]
+    tracker: MLflowTracker,
+    report: Report,
+    seed: int,
+    held_out: list[Sample],
+    chosen: list[Sample],
 ) -> None:
     """Run the parts that need Ray: train, sweep, promote, judge, serve."""
-    system = load("llava:quickstart")
+    system = override(load("llava:quickstart"), {"stages.*.seed": seed})
     warm = train_stage(report, tracker, system, "warm")
     with report.part("sweep", "four other bridges (Ray Tune, Optuna)", ABOUT_S["sweep"]):
         outcome = sweep(
@@ -466,7 +471,8 @@ def conclude(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    run("quickstart", main)
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of training; 0: as in the recipe")
+    run("quickstart", partial(main, seed=parser.parse_args().seed))
