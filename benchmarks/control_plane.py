@@ -1,6 +1,6 @@
 """Cost of the control plane over fake nodes of this machine, in three measurements.
 
-    python -m benchmarks.control_plane                    about ten minutes on two cores
+    python -m benchmarks.control_plane                    MINUTES on two cores
     python -m benchmarks.control_plane --quick            two and four workers, a group of eight
 
 steps    The tiny LLaVA on 2, 4 and 8 workers, each on a fake node with one fake GPU, by Ray Train;
@@ -213,9 +213,11 @@ def read(place: str, windows: int, home: Path) -> dict[str, Any]:
     from bridgework.data.ray_ingest import PlanIngest
 
     consumers = {"consumers": 2.0}
-    same = [{"num_cpus": 4, "resources": consumers}]
-    other = [{"num_cpus": 0, "resources": consumers}, {"num_cpus": 4}]
-    with cluster(same if place == "same" else other, head_cpus=0):
+    nodes: dict[str, list[dict[str, Any]]] = {
+        "same": [{"num_cpus": 4, "resources": consumers}],
+        "other": [{"num_cpus": 0, "resources": consumers}, {"num_cpus": 4}],
+    }
+    with cluster(nodes[place], head_cpus=0):
         ray.data.DataContext.get_current().enable_progress_bars = False
         splits = PlanIngest(config, lambda: 0, readers=2).configure({}, 2)
         consume = ray.remote(num_cpus=0, resources={"consumers": 1.0})(consume_split)
@@ -395,7 +397,8 @@ def measure(words: list[str]) -> object:
     what, *rest = words
     if what == "rank":
         rank, world, steps, port = map(int, rest)
-        return train_rank(rank, world, steps, home, port)
+        train_rank(rank, world, steps, home, port)
+        return None
     if what == "read":
         return read(rest[0], int(rest[1]), home)
     if what == "rendezvous":
@@ -434,8 +437,10 @@ def main() -> None:
         home.mkdir()
 
         def run(*words: str) -> Any:
+            began = time.monotonic()
             result = child(*words, home=home)
             found[" ".join(words)] = result
+            console.print(f"[dim]{' '.join(words)}: {time.monotonic() - began:.0f} s[/]")
             return result
 
         if "steps" in chosen:

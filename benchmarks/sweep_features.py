@@ -4,7 +4,7 @@ Trains the same trials twice, one after the other in this process: the tower run
 its features are computed once and read by all trials. Prints the seconds of both, the share of the
 tower in a step, and the largest relative difference of a loss.
 
-    python -m benchmarks.sweep_features [--trials 8] [--steps 40]
+    python -m benchmarks.sweep_features [--trials 8] [--steps 64]
 """
 
 import argparse
@@ -80,7 +80,7 @@ def run(systems: list[System], home: Path, features: str) -> tuple[float, list[l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=64)
     given = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="bw-features-"))
     try:

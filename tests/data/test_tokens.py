@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from bridgework.data.quarantine import BadSample, Reason
 from bridgework.data.samples import Part
 from bridgework.data.templates import TEMPLATES, Segment, prompt, render
-from bridgework.data.tokenization import Encoded, encode, load_tokenizer
+from bridgework.data.tokenization import Encoded, encode, load_tokenizer, tokenize
 from bridgework.errors import DataError, WeightsError
 from bridgework.system import END, IGNORE, IMAGE
 
@@ -44,6 +44,23 @@ def spans(encoded: Encoded) -> list[list[int]]:
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
+
+
+@pytest.mark.parametrize("literal", [True, False])
+@pytest.mark.parametrize("text", ["a cat", " a cat", HOSTILE, HOSTILE * 8, ""])
+def test_a_text_that_is_read_again_has_the_same_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, literal: bool
+) -> None:
+    first = tokenize(text, tokenizer, literal=literal)
+    if not text.startswith(" "):  # of two spaces, ours and the tokenizer's, one stays
+        alone = tokenizer(text, add_special_tokens=False, split_special_tokens=literal)
+        assert first == alone.input_ids
+    known = list(first)
+    first.append(IGNORE)  # the list is the caller's own
+    assert tokenize(text, tokenizer, literal=literal) == known
+    assert tokenize(text, BYTES, literal=literal) == tokenize(text, BYTES, literal=literal)
+    if text == HOSTILE:
+        assert known != tokenize(text, tokenizer, literal=not literal)
 
 
 @pytest.mark.parametrize(

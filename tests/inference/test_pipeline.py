@@ -20,6 +20,7 @@ from bridgework.data.tokenization import encode
 from bridgework.errors import DataError, SpecError
 from bridgework.inference.generation import Sampling
 from bridgework.inference.pipeline import Pipeline
+from bridgework.inference.preprocess import RememberingInputs
 from bridgework.losses import Contrastive
 from bridgework.models.lora import LoRAConfig, adapter_layers, disable_adapters, is_adapter
 from bridgework.models.prefix_vlm import PrefixVLM
@@ -415,3 +416,16 @@ def test_loaded_adapters_are_merged_unless_they_are_asked_for(tmp_path: Path) ->
     without = Pipeline.load(tmp_path / "a", "cpu", adapters=True)
     with disable_adapters(without.model):
         assert not torch.allclose(without.log_likelihoods(image, CAPTIONS, PROMPT), found)
+
+
+def test_remembering_inputs_read_every_image_once() -> None:
+    pipe, images = pipeline(), [picture(seed) for seed in (0, 1, 0, 2)]
+    expected = pipe.inputs.features(images)
+    pipe.inputs = RememberingInputs(pipe.model, pipe.stage)
+    read: list[int] = []
+    pipe.model.vision.register_forward_hook(lambda module, args, out: read.append(len(out)))
+    for _ in range(2):
+        assert torch.equal(pipe.inputs.features(images), expected)
+    assert torch.equal(pipe.inputs.features([picture(2), picture(3)])[:1], expected[3:])
+    assert pipe.inputs.features([]).shape == (0, *expected.shape[1:])
+    assert read == [3, 1]
