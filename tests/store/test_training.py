@@ -96,6 +96,6 @@ def test_a_bucket_that_is_deleted_ends_workers_with_one_line(
     deleting = threading.Thread(target=delete)
     deleting.start()
     with pytest.raises(ResourceError, match=f"the bucket {bucket!r} does not exist") as raised:
-        go(llava(2_000), store_home, run, workers=workers, checkpoint_every=1_000)
+        go(llava(2_000), store_home, run, workers=workers, checkpoint_every=200)
     deleting.join()
     assert "\n" not in str(raised.value)
