@@ -50,7 +50,7 @@ def on_nodes(
 @pytest.mark.slow
 def test_elastic_run_grows_and_shrinks_with_the_same_losses(home: Path, run: str) -> None:
     """One worker, two at a checkpoint when a node joins, one after its loss; with dropout."""
-    steps, stage = 400, elastic_run.STAGE
+    steps, stage = 1_200, elastic_run.STAGE  # enough for a node that joins slowly
     events = ("train=10", "add", "until=2 workers instead of 1", "train=10", "kill")
     said = on_nodes(home, run, steps, (1, 2), *events)
     assert "room for 2 workers instead of 1: they start again after a checkpoint" in said
@@ -84,8 +84,9 @@ def test_fixed_number_of_workers_waits_and_gives_up_after_the_loss_of_a_node(
 def test_notice_of_preemption_saves_checkpoints_before_the_node_is_gone(
     home: Path, run: str
 ) -> None:
-    steps, stage = 600, elastic_run.STAGE
-    said = on_nodes(home, run, steps, (1, 2), "add", "until=2 workers", "train=5", "drain")
+    steps, stage = 1_800, elastic_run.STAGE
+    events = ("train=5", "add", "until=2 workers", "train=5", "drain")
+    said = on_nodes(home, run, steps, (1, 2), *events)
     assert "a node is taken away soon: a checkpoint of step" in said
     taken = [step for step, _ in losses(home, run, stage)]
     assert sorted(set(taken)) == list(range(steps))

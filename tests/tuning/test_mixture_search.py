@@ -142,6 +142,10 @@ def test_every_score_is_printed_with_its_interval(capsys: pytest.CaptureFixture[
         "uniform 5.5",
     ):
         assert expected in printed, printed
+    recalls = {f"retrieval.image_to_text_r{k}": figure(0.01171) for k in (1, 5, 10, 50, 100)}
+    show(replace(outcome, influence={"a": recalls}), "retrieval.image_to_text_r1")
+    table = capsys.readouterr().out
+    assert "…" not in table  # nothing is cut, on 80 columns
 
 
 def test_a_stage_that_cannot_be_searched_is_refused(system: System, home: Path) -> None:

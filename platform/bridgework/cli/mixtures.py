@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from bridgework.cli.options import changes
 from bridgework.config import override
@@ -95,11 +95,13 @@ def search(
 def show(outcome: "MixtureOutcome", metric: str) -> None:
     """Print the table of sources and metrics, the mixtures, and the verdict, with intervals."""
     metrics = list(dict.fromkeys(key for row in outcome.influence.values() for key in row))
-    table = Table("trained on", *metrics, box=None, pad_edge=False)
+    heads = [Column(name, overflow="fold") for name in metrics]  # in full, also in narrow logs
+    table = Table("trained on", *heads, box=None, pad_edge=False)
     for source, figures in outcome.influence.items():
         table.add_row(source, *(_cell(figures[key]) if key in figures else "" for key in metrics))
     out.print(table)
-    table = Table("mixture", *outcome.sources, metric, "merged", box=None, pad_edge=False)
+    judged = Column(metric, overflow="fold")
+    table = Table("mixture", *outcome.sources, judged, "merged", box=None, pad_edge=False)
     for place, weights in enumerate(outcome.best):
         shares = [f"{weight:.1%}" for weight in weights]
         scores = _cell(outcome.scores[place]), _cell(outcome.predicted[place])
@@ -114,8 +116,8 @@ def show(outcome: "MixtureOutcome", metric: str) -> None:
 
 
 def _cell(figure: "Figure") -> str:
-    """Return e.g. `0.41 [0.31, 0.51]`, escaped for a table."""
-    text = f"{figure.value:.4g}"
+    """Return e.g. `0.412 [0.314, 0.51]`, escaped for a table."""
+    text = f"{figure.value:.3g}"
     if (found := figure.interval) is not None and isfinite(found.low):
-        text += f" [{found.low:.4g}, {found.high:.4g}]"
+        text += f" [{found.low:.3g}, {found.high:.3g}]"
     return escape(text)
