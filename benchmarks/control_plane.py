@@ -1,6 +1,6 @@
 """Cost of the control plane over fake nodes of this machine, in three measurements.
 
-    python -m benchmarks.control_plane                    MINUTES on two cores
+    python -m benchmarks.control_plane                    about ten minutes on two cores
     python -m benchmarks.control_plane --quick            two and four workers, a group of eight
 
 steps    The tiny LLaVA on 2, 4 and 8 workers, each on a fake node with one fake GPU, by Ray Train;
