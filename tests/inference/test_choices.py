@@ -180,22 +180,22 @@ def test_a_mean_over_tokens_is_the_sum_over_their_number() -> None:
     )
 
 
-PRIORS = {
-    "instructblip/instruct": False,  # 2305.06500, 2.5: vocabulary ranking
-    "instructblip:vicuna_7b/instruct": False,
-    "blip:vqa/vqa": False,  # 2201.12086, 5.3: rank the answers
-    "flamingo/train": False,  # 2204.14198, appendix A.2
-    "minigpt4/polish": False,  # its release's candidates are ranked by their loss
-    "llava:quickstart/instruct": False,  # docs/log.md: the prior of a blank image
-    "llava/instruct": True,
+SCORINGS = {
+    "instructblip/instruct": PLAIN,  # 2305.06500, 2.5: vocabulary ranking
+    "instructblip:vicuna_7b/instruct": PLAIN,
+    "blip:vqa/vqa": PLAIN,  # 2201.12086, 5.3: rank the answers
+    "flamingo/train": PLAIN,  # 2204.14198, appendix A.2
+    "minigpt4/polish": PLAIN,  # its release's candidates are ranked by their loss
+    "llava:quickstart/instruct": Scoring(prior_weight=0.7),  # docs/log.md: chosen by validation
+    "llava/instruct": LESS_PRIOR,
 }
 
 
-@pytest.mark.parametrize(("name", "prior"), PRIORS.items())
-def test_a_recipe_says_how_its_candidates_are_scored(name: str, prior: bool) -> None:
+@pytest.mark.parametrize(("name", "scoring"), SCORINGS.items())
+def test_a_recipe_says_how_its_candidates_are_scored(name: str, scoring: Scoring) -> None:
     system, _, stage = name.partition("/")
-    assert load(system)[stage].scoring == Scoring(prior=prior)
-    assert load(system).tiny()[stage].scoring == Scoring(prior=prior)
+    assert load(system)[stage].scoring == scoring
+    assert load(system).tiny()[stage].scoring == scoring
 
 
 def test_instructblip_ranks_by_the_plain_log_likelihood() -> None:
