@@ -48,9 +48,10 @@ def on_nodes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)  # two complete runs, next to other tests
 def test_elastic_run_grows_and_shrinks_with_the_same_losses(home: Path, run: str) -> None:
     """One worker, two at a checkpoint when a node joins, one after its loss; with dropout."""
-    steps, stage = 1_200, elastic_run.STAGE  # enough for a node that joins slowly
+    steps, stage = 800, elastic_run.STAGE  # enough for a node that joins slowly
     events = ("train=10", "add", "until=2 workers instead of 1", "train=10", "kill")
     said = on_nodes(home, run, steps, (1, 2), *events)
     assert "room for 2 workers instead of 1: they start again after a checkpoint" in said
@@ -81,10 +82,11 @@ def test_fixed_number_of_workers_waits_and_gives_up_after_the_loss_of_a_node(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)
 def test_notice_of_preemption_saves_checkpoints_before_the_node_is_gone(
     home: Path, run: str
 ) -> None:
-    steps, stage = 1_800, elastic_run.STAGE
+    steps, stage = 1_200, elastic_run.STAGE
     events = ("train=5", "add", "until=2 workers", "train=5", "drain")
     said = on_nodes(home, run, steps, (1, 2), *events)
     assert "a node is taken away soon: a checkpoint of step" in said
