@@ -37,8 +37,9 @@ from bridgework.inference.pipeline import Pipeline
 from bridgework.inference.preprocess import RememberingInputs
 from bridgework.models import PrefixVLMConfig
 from bridgework.ray_utils import ray_session
+from bridgework.recipes.llava import QUICK_RANKING
 from bridgework.serving import launch
-from bridgework.system import EvalSpec, Scoring, System, load
+from bridgework.system import EvalSpec, System, load
 from bridgework.tracking import lineage, lineage_views, promotion, registry
 from bridgework.tracking.mlflow_store import MLflowTracker
 from bridgework.tracking.tracker import CHAMPION, Version
@@ -55,9 +56,7 @@ STYLE, CONCEPTS = f"{DATA}/heldout_style", f"{DATA}/heldout_concepts"
 QUESTION = "What is in the picture?"
 GATE = "ranking.accuracy"
 ROWS = 300  # of each held-out set: all
-PRIOR = f"{DATA}/clipart"  # training images, whose captions' likelihood is the prior
-SCORING = Scoring(prior_weight=0.7)  # that of the recipe
-RANKING = Ranking(dataset=STYLE, rows=ROWS, scoring=SCORING, prior_images=PRIOR)
+RANKING = replace(QUICK_RANKING, dataset=STYLE, rows=ROWS)
 # The evaluations of a dataset share its images. A process with one thread runs each of the groups.
 STYLE_EVALUATIONS = (RANKING, Retrieval(dataset=STYLE, rows=ROWS))
 CONCEPT_EVALUATIONS = (
@@ -339,7 +338,7 @@ def answer(
     texts_CD = pipeline.embed_texts(captions)
     for sample in chosen:
         ranked = pipeline.rank(
-            sample.images[0], choices(sample, held_out), QUESTION, references, SCORING
+            sample.images[0], choices(sample, held_out), QUESTION, references, RANKING.scoring
         )
         best = max(one.score for one in ranked)
         total = sum(math.exp(one.score - best) for one in ranked)
@@ -385,7 +384,7 @@ def draw_report(report: Report, answered: Sequence[Answered]) -> list[Path]:
     title = "llava:quickstart on drawings by an artist that it never saw"
     text = (
         f"For each drawing, the three likeliest of {CANDIDATES} captions, by the log-likelihood "
-        f"minus {SCORING.prior_weight} of that for training images, and the nearest of all {ROWS}. "
+        f"minus {RANKING.scoring.prior_weight} of that for training images, and the nearest of all {ROWS}. "
         f"The {DRAWINGS} drawings were drawn by a fixed seed before training. The figures "
         "are of all held-out rows, with 95 % intervals."
     )

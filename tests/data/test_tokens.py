@@ -58,7 +58,9 @@ def test_a_text_that_is_read_again_has_the_same_ids(
     known = list(first)
     first.append(IGNORE)  # the list is the caller's own
     assert tokenize(text, tokenizer, literal=literal) == known
-    assert tokenize(text, BYTES, literal=literal) == tokenize(text, BYTES, literal=literal)
+    # each tokenizer has its own ids of the text
+    other = BYTES(text, add_special_tokens=False, split_special_tokens=literal)
+    assert tokenize(text, BYTES, literal=literal) == other.input_ids
     if text == HOSTILE:
         assert known != tokenize(text, tokenizer, literal=not literal)
 

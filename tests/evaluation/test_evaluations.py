@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,9 @@ def test_ranking_by_half_of_the_prior_is_that_of_a_loop(pipe: Pipeline, home: Pa
         best = pipe.rank_answers(asked, list(items[row].sample.images), texts, scoring=how)[0]
         assert best.score == pytest.approx(max(scores), abs=1e-4)
     assert spec.run(pipe, home).metrics["ranking.accuracy"] == pytest.approx(right / 30)
+    others = [replace(spec, scoring=Scoring()), replace(spec, scoring=Scoring(prior=False))]
+    for other in others:
+        assert other.run(pipe, home).metrics["ranking.accuracy"] != pytest.approx(right / 30)
 
 
 def test_ranking_by_the_mean_prior_of_other_images_is_that_of_a_loop(
@@ -314,6 +318,8 @@ def test_ranking_by_the_mean_prior_of_other_images_is_that_of_a_loop(
         scores = [own - sum(prior) / 3 for own, *prior in zip(*nats_RC, strict=True)]
         right += scores.index(max(scores)) == 0
     assert spec.run(pipe, home).metrics["ranking.accuracy"] == pytest.approx(right / 20)
+    blank = replace(spec, prior_images=None).run(pipe, home).metrics["ranking.accuracy"]
+    assert blank != pytest.approx(right / 20)
     with pytest.raises(SpecError, match=r"ranking\.prior_rows: .* Got 0; expected"):
         Ranking(dataset=DATASET, prior_rows=0)
 

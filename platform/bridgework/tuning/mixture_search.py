@@ -408,7 +408,7 @@ class MixtureSearch:
             edge = found.high if self.lower else -found.low
             better &= edge < 0
             texts.append(f"{name} {found.value:+.4g} [{found.low:.4g}, {found.high:.4g}]")
-        lead = "better beyond the interval" if better else "not decided: sqrt stands"
+        lead = "better beyond the interval" if better else "not decided: sqrt stays"
         return f"{lead} ({self.metric}: {'; '.join(texts)})"
 
     def _say(self, text: str) -> None:
