@@ -384,8 +384,8 @@ def draw_report(report: Report, answered: Sequence[Answered]) -> list[Path]:
     title = "llava:quickstart on drawings by an artist that it never saw"
     text = (
         f"For each drawing, the three likeliest of {CANDIDATES} captions, by the log-likelihood "
-        f"minus {RANKING.scoring.prior_weight} of that for training images, and the nearest of all {ROWS}. "
-        f"The {DRAWINGS} drawings were drawn by a fixed seed before training. The figures "
+        f"minus {RANKING.scoring.prior_weight} of that for training images, and the nearest of all "
+        f"{ROWS}. The {DRAWINGS} drawings were drawn by a fixed seed before training. The figures "
         "are of all held-out rows, with 95 % intervals."
     )
     png, html = report.home / "quickstart.png", report.home / "quickstart.html"

@@ -169,7 +169,7 @@ class Scoring:
     """Scores of the candidate answers of a question, by which they are ranked.
 
     An answer that is likely about any image has a high prior, its log-likelihood given blank
-    images. Subtracting a part of it is the debiasing of arXiv:2306.01879 (section 4); all of it is
+    images. Subtracting a part of it is the debiasing of arXiv:2306.01879; all of it is
     pointwise mutual information.
     """
 
